@@ -1,0 +1,273 @@
+"""Chapter 3: firings, slices of a score, supports, and how sparse they are.
+
+The score of a pair of tokens is a sum of r slices, a_ij = Σ_k p_k with
+p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array starts with the pair.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.heads import Attention, HeadSVD, participation_ratio
+
+CHUNK = 1024  # pairs whose r×r maps are in memory together: they fit the processor's cache
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of tokens (destination, source), each in one head on one prompt."""
+
+    layer: Int[Tensor, "pair"]
+    prompt: Int[Tensor, "pair"]
+    head: Int[Tensor, "pair"]
+    dest: Int[Tensor, "pair"]
+    src: Int[Tensor, "pair"]
+    attention: Float[Tensor, "pair"]
+    score: Float[Tensor, "pair"]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def __getitem__(self, keep: Bool[Tensor, "pair"] | Int[Tensor, "kept"] | slice) -> "Pairs":
+        return Pairs(*(getattr(self, field.name)[keep] for field in fields(self)))
+
+    def table(self) -> pd.DataFrame:
+        """One row per pair, with the columns above and the head's name ("9.9")."""
+        columns = {f.name: getattr(self, f.name).cpu().numpy() for f in fields(self)}
+        table = pd.DataFrame(columns)
+        return table.assign(name=table["layer"].astype(str) + "." + table["head"].astype(str))
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The two sides of every slice: slice k of a pair is `dest[k] · src[k]`.
+
+    In the SVD basis dest = x̃_iᵀU √(σ/√r) and src = x̃_jᵀV √(σ/√r). Sharing √σ between the sides
+    makes any rotation of both another exact slicing of the same score.
+    """
+
+    dest: Float[Tensor, "pair r"]
+    src: Float[Tensor, "pair r"]
+
+    @property
+    def slices(self) -> Float[Tensor, "pair r"]:
+        return self.dest * self.src
+
+
+def find_firings(attention: Attention, level: float = 0.5, context: bool = False) -> Pairs:
+    """All pairs in which a head fires: A_ij ≥ level, a_ij ≥ 0 and j ≥ 1.
+
+    The first token is left out because it is the attention sink. With `context` the bar falls
+    with the number of visible tokens, A_ij ≥ level / (i + 1), and level is a multiple of uniform
+    attention. Source: Franco and Crovella 2024, section 4 (level 0.5); 2025 for the context rule.
+    """
+    dest = torch.arange(attention.pattern.shape[-1], device=attention.pattern.device)
+    bar = level / (dest + 1) if context else torch.full_like(dest, level, dtype=torch.float64)
+    fires = attention.pattern >= bar[:, None]
+    pairs = _pairs(attention, fires & _visible(attention))
+    return pairs[pairs.score >= 0]
+
+
+def sample_silent(attention: Attention, like: Pairs, level: float = 0.5, seed: int = 0) -> Pairs:
+    """As many pairs that do not fire as `like` has, in the same proportion per head (j ≥ 1)."""
+    layers, _, heads = attention.pattern.shape[:3]
+    silent = (_visible(attention) & (attention.pattern < level)).movedim(2, 1)
+    noise = torch.rand(silent.shape, generator=torch.Generator().manual_seed(seed))
+    noise = noise.to(silent.device).masked_fill(~silent, -1).flatten(2)
+    wanted = torch.zeros(layers, heads, dtype=torch.long, device=silent.device)
+    wanted.index_put_((like.layer, like.head), torch.ones_like(like.layer), accumulate=True)
+    rank = noise.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    taken = (rank < wanted[..., None]) & (noise >= 0)
+    return _pairs(attention, taken.view_as(silent).movedim(1, 2))
+
+
+def _visible(attention: Attention) -> Bool[Tensor, "prompt #head dest src"]:
+    """Source at or before destination, not the first token, both real tokens."""
+    pos = torch.arange(attention.pattern.shape[-1], device=attention.pattern.device)
+    causal = (pos[None, :] <= pos[:, None]) & (pos[None, :] >= 1)
+    return (causal & attention.mask[:, :, None] & attention.mask[:, None, :])[:, None]
+
+
+def _pairs(attention: Attention, chosen: Bool[Tensor, "layer prompt head dest src"]) -> Pairs:
+    layer, prompt, head, dest, src = chosen.nonzero(as_tuple=True)
+    q = attention.q[layer, prompt, head, dest].double()
+    k = attention.k[layer, prompt, head, src].double()
+    score = (q * k).sum(-1) / attention.scale[layer]
+    weight = attention.pattern[layer, prompt, head, dest, src].double()
+    return Pairs(layer, prompt, head, dest, src, weight, score)
+
+
+def coordinates(
+    svd: HeadSVD, attention: Attention, pairs: Pairs, relative: bool = False
+) -> Coordinates:
+    """Slice coordinates of every pair in the SVD basis of its head, in float64.
+
+    With `relative` the key is measured from the mean of the other visible keys, k_j − mean k_j',
+    so the slices sum to the relative score a_ij − mean_j' a_ij', which softmax cannot shift.
+    Source: Franco and Crovella 2024, section 3; 2025 for relative attention.
+    """
+    q = attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
+    k = (_relative_keys if relative else _keys)(attention, pairs)
+    root = (svd.S / svd.scale[:, None, None]).sqrt().unsqueeze(-2)
+    dest = _change_basis(q, svd.dest_map * root, pairs)
+    return Coordinates(dest, _change_basis(k, svd.src_map * root, pairs))
+
+
+def head_coordinates(attention: Attention, pairs: Pairs) -> Coordinates:
+    """The head's own (rotary) coordinates: slice k is q_k k_k / √r."""
+    q = attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
+    root = attention.scale[pairs.layer, None].sqrt()
+    return Coordinates(q / root, _keys(attention, pairs) / root)
+
+
+def _keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return attention.k[pairs.layer, pairs.prompt, pairs.head, pairs.src].double()
+
+
+def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    seen = attention.k.double().cumsum(dim=-2)
+    total = seen[pairs.layer, pairs.prompt, pairs.head, pairs.dest]
+    key = _keys(attention, pairs)
+    return key - (total - key) / pairs.dest.clamp_min(1)[:, None]
+
+
+def _change_basis(
+    x: Float[Tensor, "pair r"], maps: Float[Tensor, "layer head r r"], pairs: Pairs
+) -> Float[Tensor, "pair r"]:
+    maps = maps.to(x.device)
+    parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
+    out = [(x[p, None] @ maps[pairs.layer[p], pairs.head[p]])[:, 0] for p in parts]
+    return torch.cat(out) if out else x
+
+
+def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:
+    """The slices that make a head fire: the smallest set of largest ones exceeding f·a_ij.
+
+    Slices are sorted in descending order (equal ones keep their order) and taken until their sum
+    exceeds f·Σp; negative slices are outvoted, never chosen. If nothing is negative, all positive
+    slices are taken. For a negative score the mirror image. Sums that differ by rounding count
+    as equal. Source: Franco and Crovella 2024, section 4.
+    """
+    total = slices.sum(-1, keepdim=True)
+    upright = torch.where(total < 0, -slices, slices)
+    ordered, order = upright.sort(dim=-1, descending=True, stable=True)
+    rounding = 1e-12 * slices.abs().sum(-1, keepdim=True)
+    before = ordered.cumsum(-1) - ordered
+    wanted = (before <= fraction * total.abs() + rounding) & (ordered > 0)
+    return torch.zeros_like(wanted).scatter(-1, order, wanted)
+
+
+def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataFrame:
+    """How few slices carry each score. One row per pair:
+
+    * support: size of the published support (cancellation shrinks it);
+    * participation: (Σ|p|)² / Σp²;
+    * ninety: how many of the largest |p| hold 90 % of Σ|p|;
+    * settled: after how many of the largest |p| the partial sum stays within 10 % of the score;
+    * cancellation: Σ|p| / |Σp|, 1 where all slices agree.
+    """
+    total = slices.sum(-1, keepdim=True)
+    size, order = slices.abs().sort(dim=-1, descending=True, stable=True)
+    held = size.cumsum(-1) / size.sum(-1, keepdim=True)
+    partial = slices.gather(-1, order).cumsum(-1)
+    off = (partial - total).abs() > 0.1 * total.abs()
+    steps = torch.arange(1, slices.shape[-1] + 1, device=slices.device)
+    columns = {
+        "support": support(slices, fraction).sum(-1),
+        "participation": participation_ratio(slices),
+        "ninety": (held < 0.9 - 1e-12).sum(-1) + 1,
+        "settled": (off * steps).amax(-1) + 1,
+        "cancellation": size.sum(-1) / total.squeeze(-1).abs(),
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def signal_norm(
+    svd: HeadSVD, attention: Attention, layer: int, head: int, vectors: Int[Tensor, "chosen"]
+) -> Float[Tensor, "prompt pos"]:
+    """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
+    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
+    return keys[..., vectors].norm(dim=-1)
+
+
+# --- what the sparsity must be compared with -----------------------------------------------------
+
+
+def random_rotation(rank: int, seed: int) -> Float[Tensor, "r r"]:
+    """A random orthogonal matrix, uniform over rotations and reflections."""
+    gaussian = np.random.default_rng(seed).standard_normal((rank, rank))
+    Q, R = torch.linalg.qr(torch.from_numpy(gaussian))
+    return Q * R.diagonal().sign()
+
+
+def rotated(coords: Coordinates, rotation: Float[Tensor, "r r"]) -> Coordinates:
+    """The same scores sliced in another orthonormal basis of the same space."""
+    rotation = rotation.to(coords.dest)
+    return Coordinates(coords.dest @ rotation, coords.src @ rotation)
+
+
+def whitened(coords: Coordinates, svd: HeadSVD, pairs: Pairs) -> Coordinates:
+    """All of σ moved to the source side: rotating these forgets which directions are strong."""
+    root = (svd.S / svd.scale[:, None, None]).sqrt()[pairs.layer, pairs.head]
+    safe = torch.where(root > 0, root, 1.0)
+    return Coordinates(coords.dest / safe, coords.src * root)
+
+
+def shuffled(coords: Coordinates, pairs: Pairs, seed: int = 0) -> Coordinates:
+    """Destinations of firings with the sources of other firings of the same head."""
+    group = (pairs.layer * (pairs.head.max() + 1) + pairs.head).cpu().numpy()
+    noise = np.random.default_rng(seed).random(len(group))
+    into, from_ = np.lexsort((np.arange(len(group)), group)), np.lexsort((noise, group))
+    src = coords.src.clone()
+    src[into] = coords.src[from_]
+    return replace(coords, src=src)
+
+
+def gaussian_slices(
+    pairs: Pairs, reference: Pairs, slices: Float[Tensor, "ref r"], total: Float[Tensor, "pair"],
+    seed: int = 0,
+) -> Float[Tensor, "pair r"]:
+    """Slices that know nothing but their head's profile and the score they must add up to.
+
+    Each p_k is Gaussian with the mean and variance of slice k over the head's `reference` pairs
+    (those that do not fire), conditioned on Σ_k p_k = total. The hardest null: it keeps which
+    directions of a head are large and forgets which tokens are there.
+    """
+    heads = int(torch.cat([pairs.head, reference.head]).max()) + 1
+    group = reference.layer * heads + reference.head
+    here = pairs.layer * heads + pairs.head
+    size = int(torch.cat([group, here]).max()) + 1
+    zeros = slices.new_zeros(size, slices.shape[-1])
+    count = zeros[:, :1].index_add(0, group, torch.ones_like(slices[:, :1])).clamp_min(1)
+    mean = zeros.index_add(0, group, slices) / count
+    variance = (zeros.index_add(0, group, slices**2) / count - mean**2).clamp_min(0)
+    noise = np.random.default_rng(seed).standard_normal((len(pairs), slices.shape[-1]))
+    free = mean[here] + variance[here].sqrt() * torch.from_numpy(noise).to(slices)
+    share = variance[here] / variance[here].sum(-1, keepdim=True)
+    return free + share * (total - free.sum(-1))[:, None]
+
+
+def bootstrap(
+    values: Float[np.ndarray, "row"],
+    groups: Int[np.ndarray, "row"],
+    statistic=np.mean,
+    repeats: int = 200,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Statistic of `values` with a 95 % interval, resampling whole groups (prompts) at a time."""
+    order = np.argsort(groups, kind="stable")
+    values = np.asarray(values)[order]
+    _, start, count = np.unique(groups[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for pick in rng.integers(len(start), size=(repeats, len(start))):
+        offsets = np.arange(count[pick].sum()) - np.repeat(
+            count[pick].cumsum() - count[pick], count[pick]
+        )
+        draws.append(statistic(values[np.repeat(start[pick], count[pick]) + offsets]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(statistic(values)), float(low), float(high)
