@@ -1,0 +1,139 @@
+"""The look of every chart, and the renderer that keeps its output small and reproducible.
+
+A chart function takes a tidy data frame and returns an Altair chart. It ends with `finish`,
+which gives the chart its title (the finding) and its description (for screen readers).
+"""
+
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+# JupyterLab 4 draws this type and knows no later one; the site draws it with Vega-Lite 6.
+MIME = "application/vnd.vegalite.v5+json"
+SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+
+WIDTH = 560
+"""Width in pixels of a chart that fills the text column."""
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#B36BA0", "#9A7D0A", "#808080"]
+"""Colours for categories: told apart by colour-blind readers, visible on white and on black."""
+
+INK = "currentColor"  # the text colour of the page, so that dark mode needs no second drawing
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
+AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{32}|\d+)\b")
+TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
+
+
+@alt.theme.register("book", enable=True)
+def theme() -> alt.theme.ThemeConfig:
+    """Vega-Lite configuration shared by all charts."""
+    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
+    lines = {"domainColor": INK, "tickColor": INK, "gridColor": INK, "gridOpacity": 0.15}
+    title = {"color": INK, "subtitleColor": INK, "fontSize": 14, "subtitleFontSize": 12}
+    return {
+        "config": {
+            "font": FONT,
+            "background": None,
+            "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 280},
+            "axis": text | lines | {"titleFontWeight": "normal", "labelLimit": 240},
+            "header": text | {"titleFontWeight": "normal"},
+            "legend": text | {"titleFontWeight": "normal", "symbolStrokeWidth": 2},
+            "title": title | {"anchor": "start", "frame": "group", "offset": 12},
+            "text": {"fill": INK, "fontSize": 12},
+            "rule": {"stroke": INK},
+            "range": {
+                "category": COLOURS,
+                "diverging": {"scheme": "blueorange"},
+                "heatmap": {"scheme": "viridis"},
+            },
+        },
+    }
+
+
+def diverging(values: Iterable[float]) -> alt.Scale:
+    """Colour scale for signed values: [−m, m] with m = max |values|, so that zero is its middle."""
+    limit = round_significant(np.abs(np.asarray(list(values), dtype=float)).max(initial=0.0), 3)
+    return alt.Scale(domain=[-(limit or 1), limit or 1], scheme="blueorange", reverse=True)
+
+
+def colour_and_shape(field: str, title: str) -> dict[str, Any]:
+    """Encodings that tell categories apart twice: `mark_point().encode(..., **these)`."""
+    return {"color": alt.Color(field).title(title), "shape": alt.Shape(field).title(title)}
+
+
+def colour_and_dash(field: str, title: str) -> dict[str, Any]:
+    """Encodings that tell lines apart twice: `mark_line().encode(..., **these)`."""
+    dash = alt.StrokeDash(field).title(title)
+    return {"color": alt.Color(field).title(title), "strokeDash": dash}
+
+
+def finish(
+    chart: alt.TopLevelMixin, title: str, description: str, subtitle: str | None = None
+) -> alt.TopLevelMixin:
+    """The chart with its title, which states the finding, and its description in plain words.
+
+    Titles are wrapped, since Vega does not wrap them. Raises ValueError when either is empty.
+    """
+    if not title.strip() or not description.strip():
+        raise ValueError("a chart needs a title that states the finding, and a description")
+    heading = {"text": textwrap.wrap(title, 70)}
+    if subtitle:
+        heading["subtitle"] = textwrap.wrap(subtitle, 85)
+    return chart.properties(title=alt.TitleParams(**heading), description=description.strip())
+
+
+def round_significant(value: Any, digits: int = 4) -> Any:
+    """A float at `digits` significant digits, |x| < 1e-12 and −0 as 0.0; anything else as it is."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real | np.floating):
+        return value
+    if isinstance(value, int | np.integer) or not np.isfinite(value):
+        return value
+    return 0.0 if abs(value) < TINY else float(f"{value:.{digits}g}")
+
+
+def rounded(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
+    """The table with every float at `digits` significant digits: what may enter a chart."""
+    floats = table.select_dtypes("floating").columns
+    return table.assign(**{name: table[name].map(lambda x: round_significant(x, digits))
+                           for name in floats})  # fmt: skip
+
+
+def canonical(spec: dict[str, Any]) -> dict[str, Any]:
+    """A Vega-Lite spec that depends on the chart alone, not on what was drawn before it.
+
+    Floats in the data are rounded; data sets, views and parameters are numbered as they appear.
+    """
+    spec = spec | {"$schema": SCHEMA}
+    spec["datasets"] = {
+        name: [{key: round_significant(value) for key, value in row.items()} for row in rows]
+        for name, rows in spec.get("datasets", {}).items()
+    }
+    text = json.dumps(spec, ensure_ascii=False)
+    counts: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    for match in AUTOMATIC.finditer(text):
+        if match.group() not in names:
+            counts[match["kind"]] += 1
+            names[match.group()] = f"{match['kind']}_{counts[match['kind']]}"
+    return json.loads(AUTOMATIC.sub(lambda match: names[match.group()], text))
+
+
+def render(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Altair renderer "book": the canonical spec, and its description for places without Vega."""
+    bundle = {MIME: canonical(spec), "text/plain": spec.get("description", "")}
+    return bundle, {MIME: {"embed_options": {"renderer": "svg", "actions": False}}}
+
+
+def use_book_renderer() -> None:
+    """Let Altair show charts as the book does; inline data of any size."""
+    alt.renderers.register("book", render)
+    alt.renderers.enable("book")
+    alt.data_transformers.disable_max_rows()
