@@ -1,0 +1,68 @@
+"""Fixtures shared by the tests: small random models of every supported kind, in float64."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers
+
+import pytest
+import torch
+
+from sparse_signals.models import Model, load_model
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:
+    """Save a random model of one architecture, with norms and biases that are not trivial."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    hf_config = AutoConfig.for_model(kind, **config)
+    model = AutoModelForCausalLM.from_config(hf_config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "attn" in name:
+                parameter.mul_(5)  # attention that is far from uniform
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """HF directories, without tokenizer, of the random models below."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "gpt2": save_random_model(root / "tiny-gpt2", "gpt2", **SIZES),
+        "llama": save_random_model(root / "tiny-llama", "llama", **ROTARY),
+        "qwen2": save_random_model(root / "tiny-qwen2", "qwen2", **ROTARY),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_directories: dict[str, Path]) -> Model:
+    """Learned positions, LayerNorm, biases: 3 layers of 4 heads of 8."""
+    return load_model(tiny_directories["gpt2"], device="cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_directories: dict[str, Path]) -> Model:
+    """Rotary positions, RMSNorm, grouped keys (4 query heads, 2 key heads), no biases."""
+    return load_model(tiny_directories["llama"], device="cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tiny_directories: dict[str, Path]) -> Model:
+    """As tiny_llama, with query and key biases."""
+    return load_model(tiny_directories["qwen2"], device="cpu", dtype=torch.float64)
