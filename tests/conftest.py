@@ -66,3 +66,16 @@ def tiny_llama(tiny_directories: dict[str, Path]) -> Model:
 def tiny_qwen2(tiny_directories: dict[str, Path]) -> Model:
     """As tiny_llama, with query and key biases."""
     return load_model(tiny_directories["qwen2"], device="cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Eight prompts of up to twelve random tokens, padded on the right."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 50, (8, 12), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def mask(tokens: torch.Tensor) -> torch.Tensor:
+    """Which of `tokens` are not padding: lengths 5 to 12."""
+    return torch.arange(12) < torch.arange(5, 13)[:, None]

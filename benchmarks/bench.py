@@ -1,0 +1,125 @@
+"""Speed of chapters 1 to 3 as ratios measured in one run, on a GPT-2-small-sized random model.
+
+    python benchmarks/bench.py [--prompts 256]
+
+Naive code is timed on a sample and scaled; the table says how large the sample was.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+
+import pandas as pd
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparse_signals import signals
+from sparse_signals.heads import head_svd, qk_forms, read_attention
+from sparse_signals.models import logits
+
+LENGTH = 17
+TARGETS = {
+    "dense SVD of 144 heads / thin-QR SVD": (">=", 20),
+    "loop over pairs and vectors / batched firings, slices, supports": (">=", 100),
+    "firings, slices, supports / forward pass": ("<=", 0.25),
+}
+
+
+def clock(function, repeats=3):
+    """Best wall time of a few calls, and the last result."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = function()
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def random_gpt2_small(directory):
+    """Random weights, with queries and keys sharp enough for some forty firings a prompt."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config())
+    width = model.config.n_embd
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:, : 2 * width] *= 2.1
+    model.save_pretrained(directory)
+
+
+def find_everything(attention, svd):
+    """What chapter 3 computes for a batch of prompts."""
+    pairs = signals.find_firings(attention)
+    slices = signals.coordinates(svd, attention, pairs).slices
+    return pairs, slices, signals.support(slices)
+
+
+def loop(attention, svd, prompts):
+    """The same, one prompt, head, pair of tokens and singular vector at a time."""
+    sizes = []
+    layers, _, heads, length = attention.q.shape[:4]
+    for prompt in range(prompts):
+        for layer in range(layers):
+            for head in range(heads):
+                for i in range(length):
+                    for j in range(1, i + 1):
+                        if attention.pattern[layer, prompt, head, i, j] >= 0.5:
+                            sizes.append(_loop_pair(attention, svd, prompt, layer, head, i, j))
+    return sizes
+
+
+def _loop_pair(attention, svd, prompt, layer, head, i, j):
+    q = attention.q[layer, prompt, head, i].double()
+    k = attention.k[layer, prompt, head, j].double()
+    slices = []
+    for n in range(len(q)):
+        left = q @ svd.dest_map[layer, head, :, n]
+        right = k @ svd.src_map[layer, head, :, n]
+        slices.append((svd.S[layer, head, n] * left * right / svd.scale[layer]).item())
+    total, reached, size = sum(slices), 0.0, 0
+    for value in sorted(slices, reverse=True):
+        if reached > total or value <= 0:
+            break
+        reached, size = reached + value, size + 1
+    return size
+
+
+def measure(prompts):
+    """One row per ratio."""
+    from sparse_signals.models import load_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        random_gpt2_small(directory)
+        model = load_model(directory)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50257, (prompts, LENGTH), generator=generator)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    last = torch.full((prompts,), LENGTH - 1)
+
+    forms = qk_forms(model)
+    thin, svd = clock(lambda: head_svd(forms))
+    dense, _ = clock(lambda: torch.linalg.svd(forms.A[0, :4] @ forms.B[0, :4].mT), repeats=1)
+    forward, _ = clock(lambda: logits(model, tokens, last))
+    attention = read_attention(model, tokens, mask)
+    batched, (pairs, _, _) = clock(lambda: find_everything(attention, svd))
+    sample = max(1, prompts // 64)
+    looped, sizes = clock(lambda: loop(attention, svd, sample), repeats=1)
+    seconds = [(dense * 36, thin), (looped * prompts / sample, batched), (batched, forward)]
+    notes = [
+        "4 heads timed, scaled to 144",
+        f"{sample} prompts timed, scaled to {prompts}; {len(sizes)} pairs",
+        f"{prompts} prompts of {LENGTH} tokens, {len(pairs)} firings",
+    ]
+    table = pd.DataFrame(seconds, columns=["over", "under"], index=list(TARGETS))
+    table["ratio"] = table["over"] / table["under"]
+    table["target"] = [f"{sign} {value}" for sign, value in TARGETS.values()]
+    return table.assign(note=notes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=256)
+    table = measure(parser.parse_args().prompts)
+    with pd.option_context("display.width", 200, "display.max_colwidth", 80):
+        print(table.rename(columns={"over": "over (s)", "under": "under (s)"}).round(3).to_string())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.1f} GiB, {torch.get_num_threads()} threads")

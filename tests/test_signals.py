@@ -1,0 +1,249 @@
+"""Identities of chapter 3, and its tables against a slow, obvious reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_signals import signals
+from sparse_signals.heads import Attention, head_svd, qk_forms, read_attention
+from sparse_signals.signals import Coordinates
+
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
+
+
+@pytest.fixture(params=KINDS)
+def run(request, tokens, mask):
+    model = request.getfixturevalue(request.param)
+    attention = read_attention(model, tokens, mask)
+    return attention, head_svd(qk_forms(model)), signals.find_firings(attention, LEVEL)
+
+
+def slow_support(slices, fraction=1.0):
+    """The definition, word by word, for one pair."""
+    sign = -1.0 if sum(slices) < 0 else 1.0
+    order = sorted(range(len(slices)), key=lambda k: -sign * slices[k])
+    chosen, total = set(), 0.0
+    for k in order:
+        if total > fraction * sign * sum(slices) or sign * slices[k] <= 0:
+            break
+        chosen.add(k)
+        total += sign * slices[k]
+    return chosen
+
+
+def slow_firings(attention, level):
+    """Every layer, prompt, head and pair, one at a time."""
+    found = []
+    L, P, H, T, _ = attention.pattern.shape
+    for index in np.ndindex(L, P, H, T, T):
+        layer, prompt, head, i, j = index
+        if not 1 <= j <= i or not attention.mask[prompt, i]:
+            continue
+        score = attention.q[layer, prompt, head, i] @ attention.k[layer, prompt, head, j]
+        if attention.pattern[index] >= level and score >= 0:
+            found.append((*index, (score / attention.scale[layer]).item()))
+    return found
+
+
+def test_firings_equal_the_slow_reference(run):
+    attention, _, pairs = run
+    expected = slow_firings(attention, LEVEL)
+    columns = (pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src)
+    assert len(expected) > 20
+    assert list(zip(*(c.tolist() for c in columns), strict=True)) == [row[:5] for row in expected]
+    assert pairs.score.tolist() == pytest.approx([row[5] for row in expected])
+
+
+def test_slices_sum_to_the_score(run):
+    attention, svd, pairs = run
+    total = signals.coordinates(svd, attention, pairs).slices.sum(-1)
+    torch.testing.assert_close(total, pairs.score, atol=1e-10, rtol=1e-9)
+
+
+def test_head_coordinates_and_rotations_sum_to_the_score(run):
+    attention, svd, pairs = run
+    own = signals.head_coordinates(attention, pairs)
+    coords = signals.coordinates(svd, attention, pairs)
+    turn = signals.random_rotation(coords.dest.shape[-1], seed=3)
+    spread = signals.rotated(signals.whitened(coords, svd, pairs), turn)
+    for other in (own, signals.rotated(coords, turn), spread):
+        torch.testing.assert_close(other.slices.sum(-1), pairs.score, atol=1e-10, rtol=1e-9)
+        assert not torch.allclose(other.slices, coords.slices)
+
+
+def test_slices_from_queries_equal_slices_from_the_residual_stream(tiny_gpt2, tokens, mask):
+    from sparse_signals.models import activations
+
+    attention = read_attention(tiny_gpt2, tokens, mask)
+    svd, pairs = head_svd(qk_forms(tiny_gpt2)), signals.find_firings(attention, LEVEL)
+    x = activations(tiny_gpt2, tokens, ("normalized",))["normalized"]
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    at = (pairs.layer, pairs.prompt)
+    left = torch.einsum("nd,ndr->nr", x[(*at, pairs.dest)], svd.U[pairs.layer, pairs.head])
+    right = torch.einsum("nd,ndr->nr", x[(*at, pairs.src)], svd.V[pairs.layer, pairs.head])
+    direct = left * right * svd.S[pairs.layer, pairs.head] / svd.scale[pairs.layer, None]
+    ours = signals.coordinates(svd, attention, pairs).slices
+    torch.testing.assert_close(ours, direct, atol=1e-10, rtol=1e-8)
+
+
+def test_flipping_a_pair_of_vectors_changes_no_slice(run):
+    attention, svd, pairs = run
+    flip = torch.where(torch.arange(svd.S.shape[-1]) % 2 == 0, -1.0, 1.0).double()
+    flipped = type(svd)(
+        svd.U * flip, svd.S, svd.V * flip, svd.dest_map * flip, svd.src_map * flip, svd.scale
+    )
+    one = signals.coordinates(svd, attention, pairs).slices
+    assert torch.equal(one, signals.coordinates(flipped, attention, pairs).slices)
+
+
+def test_relative_slices_sum_to_the_score_above_the_mean_of_the_others(run):
+    attention, svd, pairs = run
+    total = signals.coordinates(svd, attention, pairs, relative=True).slices.sum(-1)
+    for n in range(0, len(pairs), 7):
+        layer, prompt, head, i, j = (
+            int(getattr(pairs, c)[n]) for c in ("layer", "prompt", "head", "dest", "src")
+        )
+        keys, q = attention.k[layer, prompt, head, : i + 1], attention.q[layer, prompt, head, i]
+        row = keys @ q / attention.scale[layer]
+        others = (row.sum() - row[j]) / i
+        assert total[n].item() == pytest.approx((row[j] - others).item(), abs=1e-10)
+
+
+def test_relative_score_is_not_negative_where_attention_is_at_least_uniform(run):
+    attention, svd, _ = run
+    pairs = signals.find_firings(attention, 1.0, context=True)
+    relative = signals.coordinates(svd, attention, pairs, relative=True).slices.sum(-1)
+    assert len(pairs) > 50 and (relative >= -1e-9).all()
+
+
+def test_context_bar_falls_with_the_number_of_visible_tokens(run):
+    attention, _, _ = run
+    pairs = signals.find_firings(attention, 1.5, context=True)
+    assert (pairs.attention >= 1.5 / (pairs.dest + 1) - 1e-12).all()
+    assert (pairs.attention < LEVEL).any()
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.7, 1.0])
+def test_supports_equal_the_slow_reference(run, fraction):
+    attention, svd, pairs = run
+    slices = signals.coordinates(svd, attention, pairs).slices
+    slices = torch.cat([slices, -slices])
+    for mask, row in zip(signals.support(slices, fraction), slices.tolist(), strict=True):
+        assert set(mask.nonzero().flatten().tolist()) == slow_support(row, fraction)
+
+
+def test_support_of_known_slices():
+    slices = torch.tensor(
+        [
+            [5.0, 3, -1, -2],  # 5 does not exceed 5, 5 + 3 does
+            [4, 3, 2, 1],  # nothing negative: all of them
+            [-5, -3, 1, 2],  # mirror image
+            [6, 1, 0, -3],  # 6 exceeds 4 at once
+            [2, 2, 2, -4],  # ties in order
+        ],
+        dtype=torch.float64,
+    )
+    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert signals.support(slices).int().tolist() == expected
+
+
+def test_sparsity_of_known_slices():
+    slices = torch.tensor([[4.0, 3, 2, 1], [10, 0, 0, 0], [6, 5, -4, -3]], dtype=torch.float64)
+    table = signals.sparsity(slices)
+    assert table["support"].tolist() == [4, 1, 1]
+    assert table["ninety"].tolist() == [3, 1, 4]
+    assert table["settled"].tolist() == [3, 1, 4]
+    assert table["participation"].tolist() == pytest.approx([100 / 30, 1, 324 / 86])
+    assert table["cancellation"].tolist() == pytest.approx([1, 1, 4.5])
+
+
+def test_silent_pairs_match_the_firings_head_by_head(run):
+    attention, _, pairs = run
+    silent = signals.sample_silent(attention, pairs, LEVEL)
+    assert (silent.attention < LEVEL).all() and (silent.src >= 1).all()
+    assert (silent.src <= silent.dest).all()
+    assert attention.mask[silent.prompt, silent.dest].all()
+    counts = pairs.table()["name"].value_counts().sort_index()
+    assert silent.table()["name"].value_counts().sort_index().equals(counts)
+    assert torch.equal(signals.sample_silent(attention, pairs, LEVEL).src, silent.src)
+
+
+def test_shuffling_keeps_the_sources_of_each_head(run):
+    attention, svd, pairs = run
+    coords = signals.coordinates(svd, attention, pairs)
+    mixed = signals.shuffled(coords, pairs)
+    assert torch.equal(mixed.dest, coords.dest) and not torch.equal(mixed.src, coords.src)
+    for layer, head in {(a, b) for a, b in zip(pairs.layer.tolist(), pairs.head.tolist())}:
+        here = (pairs.layer == layer) & (pairs.head == head)
+        before, after = coords.src[here, 0].sort().values, mixed.src[here, 0].sort().values
+        assert torch.equal(before, after)
+
+
+def test_gaussian_null_keeps_the_total_and_the_profile(run):
+    attention, svd, pairs = run
+    silent = signals.sample_silent(attention, pairs, LEVEL)
+    reference = signals.coordinates(svd, attention, silent).slices
+    null = signals.gaussian_slices(pairs, silent, reference, pairs.score)
+    torch.testing.assert_close(null.sum(-1), pairs.score)
+
+
+def test_gaussian_null_has_the_variance_of_each_direction():
+    ones = torch.zeros(20000, dtype=torch.long)
+    pairs = signals.Pairs(ones, ones, ones, ones, ones, ones.double(), ones.double())
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([3.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    reference = torch.randn(20000, 4, generator=generator, dtype=torch.float64) * spread
+    total = reference.sum(-1)
+    null = signals.gaussian_slices(pairs, pairs, reference, total)
+    torch.testing.assert_close(null.std(0), spread, atol=0.05, rtol=0)
+
+
+def test_random_rotation_is_orthogonal_and_seeded():
+    turn = signals.random_rotation(16, seed=5)
+    torch.testing.assert_close(turn.mT @ turn, torch.eye(16, dtype=torch.float64))
+    assert torch.equal(turn, signals.random_rotation(16, seed=5))
+    assert not torch.equal(turn, signals.random_rotation(16, seed=6))
+
+
+def test_signal_norm_is_the_length_of_the_projection(tiny_gpt2, tokens, mask):
+    from sparse_signals.models import activations
+
+    svd, attention = head_svd(qk_forms(tiny_gpt2)), read_attention(tiny_gpt2, tokens, mask)
+    chosen = torch.tensor([0, 3, 5])
+    x = activations(tiny_gpt2, tokens, ("normalized",))["normalized"][2]
+    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    V = svd.V[2, 1][:, chosen]
+    expected = (x @ V @ V.mT).norm(dim=-1)
+    ours = signals.signal_norm(svd, attention, 2, 1, chosen)
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_bootstrap_covers_the_mean_and_resamples_groups():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(50), 20)
+    values = rng.normal(size=50)[groups]
+    mean, low, high = signals.bootstrap(values, groups)
+    assert low < mean < high and mean == pytest.approx(values.mean())
+    independent = signals.bootstrap(values, np.arange(1000))
+    assert high - low > 3 * (independent[2] - independent[1])
+
+
+def test_no_firing_gives_empty_tables(run):
+    attention, svd, _ = run
+    none = signals.find_firings(attention, 1.1)
+    slices = signals.coordinates(svd, attention, none).slices
+    assert len(none) == 0 and slices.shape == (0, svd.S.shape[-1])
+    assert none.table().empty and signals.sparsity(slices).empty
+
+
+def test_coordinates_are_two_sides_of_a_slice():
+    coords = Coordinates(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]))
+    assert coords.slices.tolist() == [[3.0, -2.0]]
+
+
+def test_padding_never_fires(run):
+    attention, _, pairs = run
+    assert isinstance(attention, Attention)
+    assert attention.mask[pairs.prompt, pairs.dest].all()
+    assert attention.mask[pairs.prompt, pairs.src].all()
