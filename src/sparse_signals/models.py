@@ -4,7 +4,6 @@ Every model ends up as a raw TransformerLens bridge around the transformers mode
 no centring there. What the method needs folded is folded by `heads.py`, in float64.
 """
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -16,26 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-GPT2_SMALL = ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
-GPT2_SMALL_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
-NAMES = ("gpt2-ioi", "gpt2-small", "smollm2-135m")
-ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-REFUSED = {
-    "mamba": "it has no attention",
-    "mamba2": "it has no attention",
-    "rwkv": "it has no attention",
-    "bloom": "its positions are a bias on the scores (ALiBi)",
-    "mpt": "its positions are a bias on the scores (ALiBi)",
-    "t5": "its positions are a learned bias on the scores",
-    "qwen3": "it normalises queries and keys, so scores are not bilinear",
-    "gpt_neox": "it rotates only a part of each head",
-}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+from sparse_signals.checkpoints import NAMES, ModelError, find_checkpoint, read_checkpoint
+from sparse_signals.smollm2 import load_smollm2
+
 HOOKS = {
     "q": "attn.hook_q",
     "k": "attn.hook_k",
@@ -54,10 +36,6 @@ HOOKS = {
 }
 ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
 TOKENS_PER_BATCH = 2048
-
-
-class ModelError(ValueError):
-    """A model cannot be loaded or used; the message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -113,125 +91,31 @@ def load_model(
     None means the environment variable MODEL, or `gpt2-ioi` if it is not set. The device is a
     GPU where there is one. Raises ModelError, in one line, for whatever cannot be loaded.
     """
-    name = str(name_or_directory or os.environ.get("MODEL") or NAMES[0])
+    name = str(name_or_directory or os.environ.get("MODEL") or "gpt2-ioi")
     if dtype not in (torch.float32, torch.float64):
-        raise ModelError(f"dtype {dtype} is not supported: use torch.float32 or torch.float64")
+        raise ModelError(f"dtype {dtype} cannot be used: choose torch.float32 or torch.float64")
     if name != "gpt2-small":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     if name == "smollm2-135m":
-        from sparse_signals.smollm2 import load_smollm2
-
         hf_model, tokenizer = load_smollm2(dtype)
     else:
-        directory = _directory(name)
-        hf_model, tokenizer = _read_directory(directory, dtype)
-        name = name if name in NAMES else directory.resolve().name
-    bos = name == "smollm2-135m" or (name != "gpt2-small" and _adds_bos(tokenizer))
+        directory = find_checkpoint(name)
+        hf_model, tokenizer = read_checkpoint(directory, dtype)
+    if name not in NAMES:
+        name = directory.resolve().name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _bridge(hf_model.to(device).eval(), tokenizer, name, bos)
+    return _bridge(hf_model.to(device).eval(), tokenizer, name)
 
 
-def _directory(name: str) -> Path:
-    if name == "gpt2-small":
-        return _download_gpt2_small()
-    if name == "gpt2-ioi":
-        directory = Path(__file__).parent / "assets" / "gpt2-ioi"
-        if not directory.is_dir():
-            raise ModelError("gpt2-ioi is missing: run `python scripts/train_gpt2_ioi.py`")
-        return directory
-    directory = Path(name).expanduser()
-    if not directory.exists():
-        raise ModelError(
-            f"no model called {name!r}: use {', '.join(NAMES)}, or a directory in HF format"
-        )
-    if not directory.is_dir():
-        raise ModelError(f"{name} is a file: give the directory that holds config.json")
-    return directory
-
-
-def _download_gpt2_small() -> Path:
-    from huggingface_hub import snapshot_download
-
-    repo, revision = GPT2_SMALL
-    files = list(GPT2_SMALL_FILES)
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except Exception as error:
-        raise ModelError(
-            "gpt2-small is neither in the Hugging Face cache nor downloadable "
-            f"({type(error).__name__}): with a network, run "
-            f"`hf download {repo} {' '.join(files)} --revision {revision}` and try again"
-        ) from error
-
-
-def _read_directory(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    architecture = _architecture(directory)
-    if not list(directory.glob("*.safetensors")):
-        raise ModelError(f"{directory} has no *.safetensors weights (pickled ones are not read)")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, report = getattr(transformers, architecture).from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelError(f"cannot read the weights in {directory}: {_one_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(f"{directory} lacks {len(missing)} weights, the first is {missing[0]}")
-    return model, _read_tokenizer(directory)
-
-
-def _architecture(directory: Path) -> str:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except FileNotFoundError:
-        raise ModelError(f"{directory} has no config.json: not a model in HF format") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read {directory / 'config.json'}: {_one_line(error)}") from error
-    if kind not in ARCHITECTURES:
-        reason = REFUSED.get(kind, "only learned or fully rotary positions without extras are")
-        raise ModelError(
-            f"architecture {kind!r} is not supported: {reason} "
-            f"(supported: {', '.join(ARCHITECTURES)})"
-        )
-    if not config.get("scale_attn_weights", True):
-        raise ModelError(f"{directory}: scale_attn_weights=false is not supported")
-    rope = config.get("rope_parameters") or {}
-    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
-        raise ModelError(f"{directory}: heads that are only partly rotated are not supported")
-    return ARCHITECTURES[kind]
-
-
-def _read_tokenizer(directory: Path) -> Any:
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"cannot read the tokenizer in {directory}: {_one_line(error)}") from error
-
-
-def _adds_bos(tokenizer: Any) -> bool:
+def _starts_with_bos(name: str, tokenizer: Any) -> bool:
+    if name in NAMES:
+        return name != "gpt2-small"  # the paper's prompts have none
     if tokenizer is None or tokenizer.bos_token_id is None:
         return False
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _bridge(hf_model: nn.Module, tokenizer: Any, name: str, bos: bool) -> Model:
+def _bridge(hf_model: nn.Module, tokenizer: Any, name: str) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     config = hf_model.config
@@ -248,7 +132,7 @@ def _bridge(hf_model: nn.Module, tokenizer: Any, name: str, bos: bool) -> Model:
         name=name,
         bridge=bridge.requires_grad_(False),
         tokenizer=tokenizer,
-        bos=bos,
+        bos=_starts_with_bos(name, tokenizer),
         n_layers=config.num_hidden_layers,
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
