@@ -35,13 +35,16 @@ class VegaLiteRenderer:
         if inline or data.mime_type != MIME:
             return None
         spec: dict[str, Any] = data.content  # type: ignore[assignment]
+        where = f"the chart in cell {(data.cell_index or 0) + 1}"
         if not spec.get("description"):
-            where = f"cell {(data.cell_index or 0) + 1}"
-            renderer.logger.warning(f"the chart in {where} has no description", line=data.line)
+            renderer.logger.warning(f"{where} has no description", line=data.line)
         for order, script in enumerate(("vendor/vega.js", "charts.js")):
             renderer.add_js_file(f"chart_{order}", script, {"defer": "defer"})
         figure = nodes.container(classes=["chart"])
-        figure += picture(renderer, spec)
+        try:
+            figure += picture(renderer, spec)
+        except ValueError as error:
+            renderer.logger.warning(f"{where} cannot be drawn: {error}", line=data.line)
         figure += nodes.raw(text=live(spec), format="html")
         return [figure]
 

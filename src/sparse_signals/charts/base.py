@@ -29,6 +29,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#B36BA0", "#9A7D0A", "#808080"]
 INK = "currentColor"  # the text colour of the page, so that dark mode needs no second drawing
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{32}|\d+)\b")
+KINDS = {"param": "param", "view": "view", "data": "table"}  # Vega-Lite keeps data_1 to itself
 TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
 
 
@@ -121,8 +122,9 @@ def canonical(spec: dict[str, Any]) -> dict[str, Any]:
     names: dict[str, str] = {}
     for match in AUTOMATIC.finditer(text):
         if match.group() not in names:
-            counts[match["kind"]] += 1
-            names[match.group()] = f"{match['kind']}_{counts[match['kind']]}"
+            kind = KINDS[match["kind"]]
+            counts[kind] += 1
+            names[match.group()] = f"{kind}_{counts[kind]}"
     return json.loads(AUTOMATIC.sub(lambda match: names[match.group()], text))
 
 
