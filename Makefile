@@ -1,0 +1,48 @@
+# The book, in one command each. Every target sets up .venv by itself; a second run reuses it.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help book serve lab test refresh bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo
+	@echo "MODEL=... make book builds the book on another model (see book/how-to-run.md)."
+
+$(READY): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "The book needs Python 3.11, 3.12 or 3.13. Name one: make book PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[site,test]'
+	@touch $@
+
+book: $(READY) ## build the site into _build/html
+	@$(BIN)/python scripts/vendor_assets.py
+	@$(BIN)/python scripts/build_book.py
+
+serve: ## show the built site at http://127.0.0.1:8000
+	@test -f _build/html/index.html || { echo "There is no site yet: run make book first."; exit 1; }
+	@echo "The book is at http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
+	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html >/dev/null
+
+lab: $(READY) ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=book
+
+test: export MODEL =
+test: export OMP_NUM_THREADS = 1
+test: book ## unit tests, the built site in a browser, every notebook compared cell by cell
+	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 -n 2 --dist loadfile book
+
+refresh: export MODEL =
+refresh: $(READY) ## run the chapters again and store their outputs
+	$(BIN)/python scripts/refresh.py
+
+bench: $(READY) ## measure the speed of the method
+	$(BIN)/python benchmarks/bench.py
+
+clean: ## remove the site and what was fetched for it
+	rm -rf _build book/_static/vendor
