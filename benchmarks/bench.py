@@ -42,7 +42,7 @@ def random_gpt2_small(directory):
     model = GPT2LMHeadModel(GPT2Config())
     width = model.config.n_embd
     for block in model.transformer.h:
-        block.attn.c_attn.weight.data[:, : 2 * width] *= 2.1
+        block.attn.c_attn.weight.data[:, : 2 * width] *= 1.6
     model.save_pretrained(directory)
 
 

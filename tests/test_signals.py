@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_signals import signals
+from sparse_signals import nulls, signals
 from sparse_signals.heads import Attention, head_svd, qk_forms, read_attention
 from sparse_signals.signals import Coordinates
 
@@ -65,9 +65,9 @@ def test_head_coordinates_and_rotations_sum_to_the_score(run):
     attention, svd, pairs = run
     own = signals.head_coordinates(attention, pairs)
     coords = signals.coordinates(svd, attention, pairs)
-    turn = signals.random_rotation(coords.dest.shape[-1], seed=3)
-    spread = signals.rotated(signals.whitened(coords, svd, pairs), turn)
-    for other in (own, signals.rotated(coords, turn), spread):
+    turn = nulls.random_rotation(coords.dest.shape[-1], seed=3)
+    spread = nulls.rotated(nulls.whitened(coords, svd, pairs), turn)
+    for other in (own, nulls.rotated(coords, turn), spread):
         torch.testing.assert_close(other.slices.sum(-1), pairs.score, atol=1e-10, rtol=1e-9)
         assert not torch.allclose(other.slices, coords.slices)
 
@@ -169,43 +169,6 @@ def test_silent_pairs_match_the_firings_head_by_head(run):
     assert torch.equal(signals.sample_silent(attention, pairs, LEVEL).src, silent.src)
 
 
-def test_shuffling_keeps_the_sources_of_each_head(run):
-    attention, svd, pairs = run
-    coords = signals.coordinates(svd, attention, pairs)
-    mixed = signals.shuffled(coords, pairs)
-    assert torch.equal(mixed.dest, coords.dest) and not torch.equal(mixed.src, coords.src)
-    for layer, head in {(a, b) for a, b in zip(pairs.layer.tolist(), pairs.head.tolist())}:
-        here = (pairs.layer == layer) & (pairs.head == head)
-        before, after = coords.src[here, 0].sort().values, mixed.src[here, 0].sort().values
-        assert torch.equal(before, after)
-
-
-def test_gaussian_null_keeps_the_total_and_the_profile(run):
-    attention, svd, pairs = run
-    silent = signals.sample_silent(attention, pairs, LEVEL)
-    reference = signals.coordinates(svd, attention, silent).slices
-    null = signals.gaussian_slices(pairs, silent, reference, pairs.score)
-    torch.testing.assert_close(null.sum(-1), pairs.score)
-
-
-def test_gaussian_null_has_the_variance_of_each_direction():
-    ones = torch.zeros(20000, dtype=torch.long)
-    pairs = signals.Pairs(ones, ones, ones, ones, ones, ones.double(), ones.double())
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.tensor([3.0, 1.0, 0.5, 0.0], dtype=torch.float64)
-    reference = torch.randn(20000, 4, generator=generator, dtype=torch.float64) * spread
-    total = reference.sum(-1)
-    null = signals.gaussian_slices(pairs, pairs, reference, total)
-    torch.testing.assert_close(null.std(0), spread, atol=0.05, rtol=0)
-
-
-def test_random_rotation_is_orthogonal_and_seeded():
-    turn = signals.random_rotation(16, seed=5)
-    torch.testing.assert_close(turn.mT @ turn, torch.eye(16, dtype=torch.float64))
-    assert torch.equal(turn, signals.random_rotation(16, seed=5))
-    assert not torch.equal(turn, signals.random_rotation(16, seed=6))
-
-
 def test_signal_norm_is_the_length_of_the_projection(tiny_gpt2, tokens, mask):
     from sparse_signals.models import activations
 
@@ -217,16 +180,6 @@ def test_signal_norm_is_the_length_of_the_projection(tiny_gpt2, tokens, mask):
     expected = (x @ V @ V.mT).norm(dim=-1)
     ours = signals.signal_norm(svd, attention, 2, 1, chosen)
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-8)
-
-
-def test_bootstrap_covers_the_mean_and_resamples_groups():
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(50), 20)
-    values = rng.normal(size=50)[groups]
-    mean, low, high = signals.bootstrap(values, groups)
-    assert low < mean < high and mean == pytest.approx(values.mean())
-    independent = signals.bootstrap(values, np.arange(1000))
-    assert high - low > 3 * (independent[2] - independent[1])
 
 
 def test_no_firing_gives_empty_tables(run):

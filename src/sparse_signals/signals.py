@@ -4,9 +4,8 @@ The score of a pair of tokens is a sum of r slices, a_ij = Σ_k p_k with
 p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array starts with the pair.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sparse_signals.heads import Attention, HeadSVD, participation_ratio
 
-CHUNK = 1024  # pairs whose r×r maps are in memory together: they fit the processor's cache
+TILE = 64  # pairs of one head that are multiplied by its r×r map at once
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,19 @@ def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"
 def _change_basis(
     x: Float[Tensor, "pair r"], maps: Float[Tensor, "layer head r r"], pairs: Pairs
 ) -> Float[Tensor, "pair r"]:
-    maps = maps.to(x.device)
-    parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
-    out = [(x[p, None] @ maps[pairs.layer[p], pairs.head[p]])[:, 0] for p in parts]
-    return torch.cat(out) if out else x
+    """Every row times the map of its head: rows sorted by head, in tiles of one head each."""
+    head = pairs.layer * maps.shape[1] + pairs.head
+    maps = maps.to(x.device).flatten(0, 1)
+    count = torch.bincount(head, minlength=len(maps))
+    tiles = (count + TILE - 1) // TILE
+    start = TILE * (tiles.cumsum(0) - tiles) - (count.cumsum(0) - count)
+    order = head.argsort(stable=True)
+    slot = start[head[order]] + torch.arange(len(x), device=x.device)
+    tiled = x.new_zeros(int(tiles.sum()) * TILE, x.shape[-1])
+    tiled[slot] = x[order]
+    of_tile = torch.arange(len(maps), device=x.device).repeat_interleave(tiles)
+    product = (tiled.view(-1, TILE, x.shape[-1]) @ maps[of_tile]).flatten(0, 1)
+    return torch.empty_like(x).index_copy_(0, order, product[slot])
 
 
 def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:
@@ -192,82 +200,3 @@ def signal_norm(
     """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
     keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
     return keys[..., vectors].norm(dim=-1)
-
-
-# --- what the sparsity must be compared with -----------------------------------------------------
-
-
-def random_rotation(rank: int, seed: int) -> Float[Tensor, "r r"]:
-    """A random orthogonal matrix, uniform over rotations and reflections."""
-    gaussian = np.random.default_rng(seed).standard_normal((rank, rank))
-    Q, R = torch.linalg.qr(torch.from_numpy(gaussian))
-    return Q * R.diagonal().sign()
-
-
-def rotated(coords: Coordinates, rotation: Float[Tensor, "r r"]) -> Coordinates:
-    """The same scores sliced in another orthonormal basis of the same space."""
-    rotation = rotation.to(coords.dest)
-    return Coordinates(coords.dest @ rotation, coords.src @ rotation)
-
-
-def whitened(coords: Coordinates, svd: HeadSVD, pairs: Pairs) -> Coordinates:
-    """All of σ moved to the source side: rotating these forgets which directions are strong."""
-    root = (svd.S / svd.scale[:, None, None]).sqrt()[pairs.layer, pairs.head]
-    safe = torch.where(root > 0, root, 1.0)
-    return Coordinates(coords.dest / safe, coords.src * root)
-
-
-def shuffled(coords: Coordinates, pairs: Pairs, seed: int = 0) -> Coordinates:
-    """Destinations of firings with the sources of other firings of the same head."""
-    group = (pairs.layer * (pairs.head.max() + 1) + pairs.head).cpu().numpy()
-    noise = np.random.default_rng(seed).random(len(group))
-    into, from_ = np.lexsort((np.arange(len(group)), group)), np.lexsort((noise, group))
-    src = coords.src.clone()
-    src[into] = coords.src[from_]
-    return replace(coords, src=src)
-
-
-def gaussian_slices(
-    pairs: Pairs, reference: Pairs, slices: Float[Tensor, "ref r"], total: Float[Tensor, "pair"],
-    seed: int = 0,
-) -> Float[Tensor, "pair r"]:
-    """Slices that know nothing but their head's profile and the score they must add up to.
-
-    Each p_k is Gaussian with the mean and variance of slice k over the head's `reference` pairs
-    (those that do not fire), conditioned on Σ_k p_k = total. The hardest null: it keeps which
-    directions of a head are large and forgets which tokens are there.
-    """
-    heads = int(torch.cat([pairs.head, reference.head]).max()) + 1
-    group = reference.layer * heads + reference.head
-    here = pairs.layer * heads + pairs.head
-    size = int(torch.cat([group, here]).max()) + 1
-    zeros = slices.new_zeros(size, slices.shape[-1])
-    count = zeros[:, :1].index_add(0, group, torch.ones_like(slices[:, :1])).clamp_min(1)
-    mean = zeros.index_add(0, group, slices) / count
-    variance = (zeros.index_add(0, group, slices**2) / count - mean**2).clamp_min(0)
-    noise = np.random.default_rng(seed).standard_normal((len(pairs), slices.shape[-1]))
-    free = mean[here] + variance[here].sqrt() * torch.from_numpy(noise).to(slices)
-    share = variance[here] / variance[here].sum(-1, keepdim=True)
-    return free + share * (total - free.sum(-1))[:, None]
-
-
-def bootstrap(
-    values: Float[np.ndarray, "row"],
-    groups: Int[np.ndarray, "row"],
-    statistic=np.mean,
-    repeats: int = 200,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Statistic of `values` with a 95 % interval, resampling whole groups (prompts) at a time."""
-    order = np.argsort(groups, kind="stable")
-    values = np.asarray(values)[order]
-    _, start, count = np.unique(groups[order], return_index=True, return_counts=True)
-    rng = np.random.default_rng(seed)
-    draws = []
-    for pick in rng.integers(len(start), size=(repeats, len(start))):
-        offsets = np.arange(count[pick].sum()) - np.repeat(
-            count[pick].cumsum() - count[pick], count[pick]
-        )
-        draws.append(statistic(values[np.repeat(start[pick], count[pick]) + offsets]))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(statistic(values)), float(low), float(high)

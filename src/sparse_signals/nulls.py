@@ -1,0 +1,131 @@
+"""Chapter 3: what the sparsity of a score must be compared with, and how sure we are.
+
+Each null keeps the scores of the pairs and destroys one thing that could make them sparse.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.heads import HeadSVD
+from sparse_signals.signals import Coordinates, Pairs, sparsity
+
+
+def random_rotation(rank: int, seed: int) -> Float[Tensor, "r r"]:
+    """A random orthogonal matrix, uniform over rotations and reflections."""
+    gaussian = np.random.default_rng(seed).standard_normal((rank, rank))
+    Q, R = torch.linalg.qr(torch.from_numpy(gaussian))
+    return Q * R.diagonal().sign()
+
+
+def rotated(coords: Coordinates, rotation: Float[Tensor, "r r"]) -> Coordinates:
+    """The same scores sliced in another orthonormal basis of the same space."""
+    rotation = rotation.to(coords.dest)
+    return Coordinates(coords.dest @ rotation, coords.src @ rotation)
+
+
+def rotation_sparsity(coords: Coordinates, repeats: int = 20, seed: int = 0) -> pd.DataFrame:
+    """Sparsity measures of every pair, averaged over random rotations of its slices."""
+    rank = coords.dest.shape[-1]
+    turns = (random_rotation(rank, seed + n) for n in range(repeats))
+    return sum(sparsity(rotated(coords, turn).slices) for turn in turns) / repeats
+
+
+def whitened(coords: Coordinates, svd: HeadSVD, pairs: Pairs) -> Coordinates:
+    """All of σ moved to the source side: rotating these forgets which directions are strong."""
+    root = (svd.S / svd.scale[:, None, None]).sqrt()[pairs.layer, pairs.head]
+    safe = torch.where(root > 0, root, 1.0)
+    return Coordinates(coords.dest / safe, coords.src * root)
+
+
+def shuffled(coords: Coordinates, pairs: Pairs, seed: int = 0) -> Coordinates:
+    """Destinations of firings with the sources of other firings of the same head."""
+    group = (pairs.layer * (pairs.head.max() + 1) + pairs.head).cpu().numpy()
+    noise = np.random.default_rng(seed).random(len(group))
+    into, from_ = np.lexsort((np.arange(len(group)), group)), np.lexsort((noise, group))
+    src = coords.src.clone()
+    src[into] = coords.src[from_]
+    return replace(coords, src=src)
+
+
+def gaussian_slices(
+    pairs: Pairs,
+    reference: Pairs,
+    slices: Float[Tensor, "ref r"],
+    total: Float[Tensor, "pair"],
+    seed: int = 0,
+) -> Float[Tensor, "pair r"]:
+    """Slices that know nothing but their head's profile and the score they must add up to.
+
+    Each p_k is Gaussian with the mean and variance of slice k over the head's `reference` pairs
+    (those that do not fire), conditioned on Σ_k p_k = total. The hardest null: it keeps which
+    directions of a head are large and forgets which tokens are there.
+    """
+    heads = int(torch.cat([pairs.head, reference.head]).max()) + 1
+    here, there = pairs.layer * heads + pairs.head, reference.layer * heads + reference.head
+    mean, variance = _profile(slices, there, int(torch.cat([here, there]).max()) + 1)
+    noise = np.random.default_rng(seed).standard_normal((len(pairs), slices.shape[-1]))
+    free = mean[here] + variance[here].sqrt() * torch.from_numpy(noise).to(slices)
+    share = variance[here] / variance[here].sum(-1, keepdim=True)
+    return free + share * (total - free.sum(-1))[:, None]
+
+
+def _profile(
+    slices: Float[Tensor, "ref r"], group: Int[Tensor, "ref"], groups: int
+) -> tuple[Float[Tensor, "group r"], Float[Tensor, "group r"]]:
+    zeros = slices.new_zeros(groups, slices.shape[-1])
+    count = zeros[:, :1].index_add(0, group, torch.ones_like(slices[:, :1])).clamp_min(1)
+    mean = zeros.index_add(0, group, slices) / count
+    return mean, (zeros.index_add(0, group, slices**2) / count - mean**2).clamp_min(0)
+
+
+def bootstrap(
+    table: pd.DataFrame,
+    prompts: Int[np.ndarray, "row"],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    repeats: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A statistic of every column with its 95 % interval, resampling whole prompts.
+
+    Pairs of one prompt are not independent, so prompts are drawn, not rows. One row per column:
+    measure, value, low, high.
+    """
+    order = np.argsort(prompts, kind="stable")
+    rows = table.to_numpy(dtype=float)[order]
+    _, start, count = np.unique(np.asarray(prompts)[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for pick in rng.integers(len(start), size=(repeats, len(start))):
+        ends = count[pick].cumsum()
+        shift = np.repeat(start[pick] - (ends - count[pick]), count[pick])
+        draws.append(statistic(rows[np.arange(ends[-1]) + shift], axis=0))
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    columns = {"measure": table.columns, "value": statistic(rows, axis=0), "low": low, "high": high}
+    return pd.DataFrame(columns)
+
+
+def sparser_heads(
+    ours: pd.DataFrame, null: pd.DataFrame, pairs: Pairs, measure: str, least: int = 20
+) -> pd.DataFrame:
+    """Head by head, is `measure` smaller for `ours` than for `null` on the same pairs?
+
+    One row per head with at least `least` pairs: name, pairs, ours, null, and the difference with
+    its bootstrap interval. Negative means that ours is sparser.
+    """
+    where = pairs.table()[["layer", "head", "name", "prompt"]]
+    where = where.assign(ours=ours[measure], null=null[measure])
+    where["difference"] = where["ours"] - where["null"]
+    rows = []
+    for name, group in where.groupby(["layer", "head", "name"]):
+        if len(group) >= least:
+            interval = bootstrap(group[["difference"]], group["prompt"].to_numpy())
+            means = group[["ours", "null"]].mean()
+            rows.append((*name, len(group), *means, *interval.iloc[0, 1:]))
+    columns = ["layer", "head", "name", "pairs", "ours", "null", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,97 @@
+"""The null models of chapter 3 keep what they promise to keep."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sparse_signals import nulls, signals
+from sparse_signals.heads import head_svd, qk_forms, read_attention
+
+LEVEL = 0.25
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
+def run(request, tokens, mask):
+    model = request.getfixturevalue(request.param)
+    attention = read_attention(model, tokens, mask)
+    return attention, head_svd(qk_forms(model)), signals.find_firings(attention, LEVEL)
+
+
+def test_shuffling_keeps_the_sources_of_each_head(run):
+    attention, svd, pairs = run
+    coords = signals.coordinates(svd, attention, pairs)
+    mixed = nulls.shuffled(coords, pairs)
+    assert torch.equal(mixed.dest, coords.dest) and not torch.equal(mixed.src, coords.src)
+    for layer, head in {
+        (a, b) for a, b in zip(pairs.layer.tolist(), pairs.head.tolist(), strict=True)
+    }:
+        here = (pairs.layer == layer) & (pairs.head == head)
+        before, after = coords.src[here, 0].sort().values, mixed.src[here, 0].sort().values
+        assert torch.equal(before, after)
+
+
+def test_gaussian_null_keeps_the_total_and_the_profile(run):
+    attention, svd, pairs = run
+    silent = signals.sample_silent(attention, pairs, LEVEL)
+    reference = signals.coordinates(svd, attention, silent).slices
+    null = nulls.gaussian_slices(pairs, silent, reference, pairs.score)
+    torch.testing.assert_close(null.sum(-1), pairs.score)
+
+
+def test_gaussian_null_has_the_variance_of_each_direction():
+    ones = torch.zeros(20000, dtype=torch.long)
+    pairs = signals.Pairs(ones, ones, ones, ones, ones, ones.double(), ones.double())
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([3.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    reference = torch.randn(20000, 4, generator=generator, dtype=torch.float64) * spread
+    total = reference.sum(-1)
+    null = nulls.gaussian_slices(pairs, pairs, reference, total)
+    torch.testing.assert_close(null.std(0), spread, atol=0.05, rtol=0)
+
+
+def test_random_rotation_is_orthogonal_and_seeded():
+    turn = nulls.random_rotation(16, seed=5)
+    torch.testing.assert_close(turn.mT @ turn, torch.eye(16, dtype=torch.float64))
+    assert torch.equal(turn, nulls.random_rotation(16, seed=5))
+    assert not torch.equal(turn, nulls.random_rotation(16, seed=6))
+
+
+def test_bootstrap_covers_the_mean_and_resamples_prompts():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(50), 20)
+    table = pd.DataFrame({"a": rng.normal(size=50)[prompts], "b": 2.0})
+    by_prompt = nulls.bootstrap(table, prompts).set_index("measure")
+    by_row = nulls.bootstrap(table, np.arange(1000)).set_index("measure")
+    assert by_prompt.loc["a", "value"] == pytest.approx(table["a"].mean())
+    assert by_prompt.loc["a", "low"] < by_prompt.loc["a", "value"] < by_prompt.loc["a", "high"]
+    width = by_prompt["high"] - by_prompt["low"]
+    assert width["a"] > 3 * (by_row["high"] - by_row["low"])["a"] and width["b"] == 0
+
+
+def test_bootstrap_takes_any_statistic():
+    table = pd.DataFrame({"a": [1.0, 2, 3, 100]})
+    assert nulls.bootstrap(table, np.arange(4), np.median)["value"].item() == 2.5
+
+
+def test_sparse_code_in_a_known_basis_beats_its_rotations():
+    generator = torch.Generator().manual_seed(0)
+    few = torch.zeros(200, 16, dtype=torch.float64)
+    few[:, :2] = 1 + torch.rand(200, 2, generator=generator, dtype=torch.float64)
+    coords = signals.Coordinates(few, few)
+    ours = signals.sparsity(coords.slices)
+    null = nulls.rotation_sparsity(coords, repeats=5)
+    assert (ours["participation"] <= 2 + 1e-9).all() and null["participation"].mean() > 3
+    ids = torch.arange(200)
+    pairs = signals.Pairs(ids * 0, ids, ids * 0 + 1, ids, ids, ids.double(), ids.double())
+    heads = nulls.sparser_heads(ours, null, pairs, "participation")
+    assert heads["name"].tolist() == ["0.1"] and heads["high"].item() < 0
+
+
+def test_gaussian_code_does_not_beat_its_rotations():
+    generator = torch.Generator().manual_seed(0)
+    dest, src = torch.randn(2, 2000, 16, generator=generator, dtype=torch.float64)
+    coords = signals.Coordinates(dest, src)
+    ours, null = signals.sparsity(coords.slices), nulls.rotation_sparsity(coords, repeats=5)
+    for measure in ("participation", "ninety", "settled"):
+        assert ours[measure].mean() == pytest.approx(null[measure].mean(), rel=0.03)
