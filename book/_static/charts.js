@@ -1,36 +1,38 @@
 // Draw the charts of this page. The spec sits beside the picture, which stays if drawing fails.
 "use strict";
 
-const OPTIONS = { renderer: "svg", actions: false, mode: "vega-lite", logLevel: 1 };
+const OPTIONS = { renderer: "svg", actions: false, mode: "vega-lite" };
 
 async function draw(script) {
   const figure = script.closest(".chart");
   const spec = JSON.parse(script.textContent);
+  delete spec.$schema; // written for JupyterLab's Vega-Lite 5; this page has 6, which reads the same
   const place = document.createElement("div");
   place.className = "chart-live";
   script.before(place);
   try {
-    const { view } = await vegaEmbed(place, spec, OPTIONS);
+    await vegaEmbed(place, spec, OPTIONS);
     figure.classList.add("chart-drawn");
-    place.view = view;
-    makeScrollable(place);
+    const svg = place.querySelector("svg.marks");
+    place.style.setProperty("--drawn-width", `${svg.getAttribute("width")}px`);
   } catch (error) {
     place.remove();
-    figure.classList.add("chart-failed");
     console.error(`A chart could not be drawn: ${error.message}`);
   }
 }
 
-// A region that scrolls must be reachable by keyboard.
-function makeScrollable(place) {
+// What scrolls must be reachable by keyboard.
+function watchScroll(element) {
   const update = () => {
-    const scrolls = place.scrollWidth > place.clientWidth + 1;
-    if (scrolls) place.setAttribute("tabindex", "0");
-    else place.removeAttribute("tabindex");
+    const scrolls =
+      element.scrollWidth > element.clientWidth || element.scrollHeight > element.clientHeight;
+    if (scrolls) element.tabIndex = 0;
+    else element.removeAttribute("tabindex");
   };
-  new ResizeObserver(update).observe(place);
+  new ResizeObserver(update).observe(element);
 }
 
-document.addEventListener("DOMContentLoaded", () => {
-  for (const script of document.querySelectorAll("script.chart-spec")) draw(script);
+document.addEventListener("DOMContentLoaded", async () => {
+  await Promise.all([...document.querySelectorAll("script.chart-spec")].map(draw));
+  document.querySelectorAll(".chart-live, .chart-table, .output.text_html").forEach(watchScroll);
 });

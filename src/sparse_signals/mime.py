@@ -40,12 +40,14 @@ class VegaLiteRenderer:
             renderer.logger.warning(f"{where} has no description", line=data.line)
         for order, script in enumerate(("vendor/vega.js", "charts.js")):
             renderer.add_js_file(f"chart_{order}", script, {"defer": "defer"})
-        figure = nodes.container(classes=["chart"])
+        text = json.dumps(spec, ensure_ascii=False)
+        brush = ["chart-brush"] if '"type": "interval"' in text else []
+        figure = nodes.container(classes=["chart", *brush])
         try:
             figure += picture(renderer, spec)
         except ValueError as error:
             renderer.logger.warning(f"{where} cannot be drawn: {error}", line=data.line)
-        figure += nodes.raw(text=live(spec), format="html")
+        figure += nodes.raw(text=live(text, spec.get("datasets", {})), format="html")
         return [figure]
 
 
@@ -62,12 +64,12 @@ def digest(content: bytes) -> str:
     return sha256(content).hexdigest()[:24]
 
 
-def live(spec: dict[str, Any]) -> str:
+def live(spec: str, datasets: dict[str, list[dict[str, Any]]]) -> str:
     """The spec for `charts.js`, and the data behind the chart in a folded table."""
-    text = json.dumps(spec, ensure_ascii=False).replace("<", "\\u003c")
-    tables = "".join(data_table(rows) for rows in spec.get("datasets", {}).values())
+    spec = spec.replace("<", "\\u003c")  # no text in the spec may close the script element
+    tables = "".join(data_table(rows) for rows in datasets.values())
     return (
-        f'<script type="application/json" class="chart-spec">{text}</script>'
+        f'<script type="application/json" class="chart-spec">{spec}</script>'
         f'<details class="chart-data"><summary>Data behind this chart</summary>{tables}</details>'
     )
 
@@ -86,12 +88,17 @@ def shorten(value: Any) -> Any:
     return value[: MAX_TEXT - 1] + "…" if long else value
 
 
-def add_edition(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Sphinx event: below each executed page, which model, device and versions computed it."""
+def finish_page(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sphinx event: name the edition below the title of an executed page; mend a list's roles."""
+    body = context.get("body") or ""
+    # docutils 0.21 gives list items of a bibliography a role that lists may not contain
+    body = body.replace('role="doc-biblioentry"', 'role="listitem"')
     edition = app.env.metadata.get(page, {}).get("edition")
-    if edition and context.get("body"):
+    if edition:
         facts = json.loads(edition) if isinstance(edition, str) else edition
-        context["body"] += f'<p class="edition">{escape(describe(facts))}</p>'
+        line = f'<p class="edition">{escape(describe(facts))}</p>'
+        body = body.replace("</h1>", f"</h1>\n{line}", 1)
+    context["body"] = body
 
 
 def describe(edition: dict[str, str]) -> str:
@@ -102,5 +109,5 @@ def describe(edition: dict[str, str]) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx extension entry point."""
-    app.connect("html-page-context", add_edition)
+    app.connect("html-page-context", finish_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

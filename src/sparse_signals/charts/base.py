@@ -26,6 +26,9 @@ WIDTH = 560
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#B36BA0", "#9A7D0A", "#808080"]
 """Colours for categories: told apart by colour-blind readers, visible on white and on black."""
 
+HIGHLIGHT = "#C2188B"
+"""Outline of what is selected: visible on every colour of the scales, on white and on black."""
+
 INK = "currentColor"  # the text colour of the page, so that dark mode needs no second drawing
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{32}|\d+)\b")
@@ -43,6 +46,7 @@ def theme() -> alt.theme.ThemeConfig:
         "config": {
             "font": FONT,
             "background": None,
+            "mark": {"color": COLOURS[0]},
             "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 280},
             "axis": text | lines | {"titleFontWeight": "normal", "labelLimit": 240},
             "header": text | {"titleFontWeight": "normal"},
