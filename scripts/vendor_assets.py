@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import vl_convert
@@ -17,16 +18,35 @@ import vl_convert
 from sparse_signals.mime import VEGA_LITE
 
 VENDOR = Path(__file__).parents[1] / "book" / "_static" / "vendor"
-MATHJAX = "3.2.2"
-MATHJAX_SHA512 = (
-    "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw=="
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package of the npm registry, its checksum, and the parts of it that are used."""
+
+    name: str
+    version: str
+    sha512: str
+    parts: tuple[str, ...]
+
+
+MATHJAX = NpmPackage(
+    "mathjax",
+    "3.2.2",
+    "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
+    ("LICENSE", "es5/tex-mml-chtml.js", "es5/output/chtml/fonts/woff-v2/"),
 )
-MATHJAX_PARTS = ("es5/tex-mml-chtml.js", "es5/output/chtml/fonts/woff-v2/", "LICENSE")
+AXE = NpmPackage(  # the tests check pages for accessibility with it
+    "axe-core",
+    "4.14.1",
+    "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ==",
+    ("LICENSE", "axe.min.js"),
+)
 NO_MATHJAX = """\
-MathJax is not there: {reason}.
-  The book builds all the same; its formulas will show as TeX source.
-  To typeset them, install Node.js (https://nodejs.org, or: sudo apt install nodejs npm),
-  make sure the npm registry can be reached, and run `make book` again."""
+\nFormulas will show as TeX source: {reason}.
+Everything else works. To typeset the formulas, install Node.js (https://nodejs.org, or
+`sudo apt install nodejs npm`), make sure that `npm view mathjax` works, and run `make book` again.
+"""
 
 
 def vendor_vega(target: Path) -> None:
@@ -36,26 +56,29 @@ def vendor_vega(target: Path) -> None:
     target.write_text(f"(() => {{{bundle}}})();\n", encoding="utf-8")
 
 
-def vendor_mathjax(target: Path) -> None:
-    """Fetch the MathJax package and keep the parts that pages load.
+def fetch(package: NpmPackage, target: Path) -> None:
+    """Put the wanted parts of an npm package into a new folder, checking its checksum.
 
-    Raises OSError or CalledProcessError when npm or its registry is missing, ValueError when the
-    package is not the expected one.
+    Raises OSError in one line when npm or its registry is missing, or the package is another one.
     """
     npm = shutil.which("npm")
     if npm is None:
         raise OSError("Node.js (npm) is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", f"mathjax@{MATHJAX}", "--silent"]
-        subprocess.run(command, cwd=folder, check=True, timeout=300, stdout=subprocess.DEVNULL)
-        archive = Path(folder, f"mathjax-{MATHJAX}.tgz")
+        command = [npm, "pack", f"{package.name}@{package.version}", "--silent"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=300, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["unknown error"])[-1]
+            raise OSError(f"npm could not fetch {package.name}: {last}")
+        archive = Path(folder, f"{package.name}-{package.version}.tgz")
         checksum = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-        if checksum != MATHJAX_SHA512:
-            raise ValueError(f"mathjax@{MATHJAX} has an unexpected checksum {checksum}")
-        with tarfile.open(archive) as package:
-            parts = tuple(f"package/{part}" for part in MATHJAX_PARTS)
-            wanted = [member for member in package if member.name.startswith(parts)]
-            package.extractall(folder, members=wanted, filter="data")
+        if checksum != package.sha512:
+            raise OSError(f"{archive.name} is not the expected file (sha512 {checksum})")
+        with tarfile.open(archive) as tar:
+            parts = tuple(f"package/{part}" for part in package.parts)
+            wanted = [member for member in tar if member.name.startswith(parts)]
+            tar.extractall(folder, members=wanted, filter="data")
+        shutil.rmtree(target, ignore_errors=True)
         shutil.move(Path(folder, "package"), target)
 
 
@@ -63,14 +86,11 @@ def main() -> int:
     """Vendor what is missing. Without npm: say so, and leave the formulas as TeX."""
     VENDOR.mkdir(parents=True, exist_ok=True)
     vendor_vega(VENDOR / "vega.js")
-    if (VENDOR / "mathjax").is_dir():
-        return 0
-    try:
-        vendor_mathjax(VENDOR / "mathjax")
-    except (OSError, subprocess.SubprocessError) as error:
-        failed = isinstance(error, subprocess.SubprocessError)
-        reason = "npm could not fetch it" if failed else error
-        print(NO_MATHJAX.format(reason=reason), file=sys.stderr)
+    if not (VENDOR / "mathjax").is_dir():
+        try:
+            fetch(MATHJAX, VENDOR / "mathjax")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            print(NO_MATHJAX.format(reason=error), file=sys.stderr)
     return 0
 
 

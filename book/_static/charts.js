@@ -12,27 +12,24 @@ async function draw(script) {
   script.before(place);
   try {
     await vegaEmbed(place, spec, OPTIONS);
+    finish(place);
     figure.classList.add("chart-drawn");
-    const svg = place.querySelector("svg.marks");
-    place.style.setProperty("--drawn-width", `${svg.getAttribute("width")}px`);
   } catch (error) {
     place.remove();
     console.error(`A chart could not be drawn: ${error.message}`);
   }
 }
 
-// What scrolls must be reachable by keyboard.
-function watchScroll(element) {
-  const update = () => {
-    const scrolls =
-      element.scrollWidth > element.clientWidth || element.scrollHeight > element.clientHeight;
-    if (scrolls) element.tabIndex = 0;
-    else element.removeAttribute("tabindex");
-  };
-  new ResizeObserver(update).observe(element);
+function finish(place) {
+  const svg = place.querySelector("svg.marks");
+  place.style.setProperty("--drawn-width", `${svg.getAttribute("width")}px`);
+  // the parts of a brush have a role but no name
+  for (const part of svg.querySelectorAll('[role="graphics-symbol"]:not([aria-label])')) {
+    part.setAttribute("aria-hidden", "true");
+  }
 }
 
 document.addEventListener("DOMContentLoaded", async () => {
   await Promise.all([...document.querySelectorAll("script.chart-spec")].map(draw));
-  document.querySelectorAll(".chart-live, .chart-table, .output.text_html").forEach(watchScroll);
+  document.dispatchEvent(new Event("charts-drawn"));
 });

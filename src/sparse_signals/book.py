@@ -73,6 +73,11 @@ def fmt(x: Any, digits: int = 3) -> str:
     return f"{x:,.{decimals}f}"
 
 
+def interval(value: float, low: float, high: float) -> str:
+    """A number with its interval, for people: 3.14 [2.9, 3.4]."""
+    return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
+
+
 def html_table(table: pd.DataFrame, digits: int = 3, caption: str = "") -> str:
     """The table as plain HTML: numbers by `fmt` and aligned right, no row numbers."""
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table.columns)

@@ -1,6 +1,8 @@
 """Find and read checkpoints in HF format, or say in one line why that cannot be done."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +63,34 @@ def find_checkpoint(name: str) -> Path:
 
 
 def _gpt2_small() -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
 
     repo, revision = GPT2_SMALL
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=GPT2_SMALL_FILES)
+        paths = [hf_hub_download(repo, file, revision=revision) for file in GPT2_SMALL_FILES]
     except Exception as error:
         raise ModelError(
             "gpt2-small is not in the Hugging Face cache and cannot be downloaded "
             f"({type(error).__name__}): on a machine with a network run `hf download {repo} "
             f"{' '.join(GPT2_SMALL_FILES)} --revision {revision}`, then load it again"
         ) from error
-    return Path(found)
+    return Path(paths[0]).parent
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings from transformers inside the block."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -88,16 +106,17 @@ def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any
         raise ModelError(f"{directory} has no *.safetensors weights; other formats are not read")
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
-        model, report = getattr(transformers, architecture).from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, report = getattr(transformers, architecture).from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+            )
     except Exception as error:
         raise ModelError(f"cannot read the weights in {directory}: {one_line(error)}") from error
     _check_weights(directory, model, report)
@@ -105,11 +124,15 @@ def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any
 
 
 def _check_weights(directory: Path, model: nn.Module, report: dict[str, Any]) -> None:
-    for problem, verb in (("missing_keys", "lack"), ("unexpected_keys", "have no place for")):
-        keys = sorted(report[problem])
+    bad_shapes = [key for key, *_ in report["mismatched_keys"]]
+    for keys, problem in (
+        (bad_shapes, "do not fit config.json, in shape"),
+        (report["missing_keys"], "are incomplete, without"),
+        (report["unexpected_keys"], "do not fit config.json, which has no"),
+    ):
         if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ModelError(f"the weights in {directory} {verb} {keys[0]}{more}")
+            first, more = min(keys), f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(f"the weights in {directory} {problem}: {first}{more}")
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise ModelError(f"the weights in {directory} are damaged: some are not finite")
 

@@ -5,8 +5,10 @@ token j by q_i·k_j / √r. With x̃ = [x̂ ; 1] that score is x̃_iᵀ Ω x̃_j
 rank at most r. All heads of a model are stacked: every array starts with (layer, head).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,10 +97,10 @@ def head_svd(forms: QKForms) -> HeadSVD:
     sign = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).sign()
     U_small, V_small = U_small * sign, V_small * sign
     tolerance = S.amax(dim=-1, keepdim=True) * S.shape[-1] * torch.finfo(S.dtype).eps
-    inverse = torch.where(S > tolerance, 1 / S, 0.0).unsqueeze(-2)
+    inverse = torch.where(tolerance < S, 1 / S, 0.0).unsqueeze(-2)
     return HeadSVD(
         U=QA @ U_small,
-        S=torch.where(S > tolerance, S, 0.0),
+        S=torch.where(tolerance < S, S, 0.0),
         V=QB @ V_small,
         dest_map=RB.mT @ V_small * inverse,
         src_map=RA.mT @ U_small * inverse,
@@ -167,3 +169,90 @@ def head_table(svd: HeadSVD) -> pd.DataFrame:
     table = pd.DataFrame(flat, index=index).reset_index()
     names = table["layer"].astype(str) + "." + table["head"].astype(str)
     return table.assign(name=names)
+
+
+PARTS = ("content", "source", "destination", "constant")
+
+
+def score_parts(
+    forms: QKForms, x: Float[Tensor, "layer prompt pos d"]
+) -> Float[Tensor, "part layer prompt head pos pos"]:
+    """Every score as a sum of four `PARTS`, one for each block of Ω (no rotary positions).
+
+    With A = [A₀ ; α] and B = [B₀ ; β]: content x̂_iᵀA₀B₀ᵀx̂_j, source αᵀB₀ᵀx̂_j, destination
+    x̂_iᵀA₀β and constant αᵀβ, each divided by √r. Softmax over j never sees the last two.
+    """
+    x, forms = x.double(), QKForms(forms.A.to(x.device), forms.B.to(x.device), forms.scale)
+    left = torch.einsum("lpid,lhdr->lphir", x, forms.A[:, :, :-1])
+    right = torch.einsum("lpjd,lhdr->lphjr", x, forms.B[:, :, :-1])
+    alpha, beta = forms.A[:, None, :, -1:], forms.B[:, None, :, -1:]
+    blocks = (left @ right.mT, alpha @ right.mT, left @ beta.mT, alpha @ beta.mT)
+    scale = forms.scale.to(x.device)[:, None, None, None, None]
+    return torch.stack(torch.broadcast_tensors(*blocks)) / scale
+
+
+def additive_fit(
+    scores: Float[Tensor, "... dest src"], mask: Bool[Tensor, "prompt pos"], first: int = 1
+) -> tuple[Float[Tensor, "layer prompt head"], Float[Tensor, "layer prompt head"]]:
+    """How much of a head's choice among sources is a matter of the pair.
+
+    Least squares of a_ij on f_i + g_j over the pairs j ≤ i of each prompt, tokens before `first`
+    left out; f and g are free for every token. Returns the sum of squares that is left and that
+    of a_ij about its row mean: their ratio is 0 where a head ranks sources alike for all
+    destinations.
+    """
+    left, total = torch.zeros(2, *scores.shape[:3], dtype=torch.float64, device=scores.device)
+    for length in mask.sum(1).unique().tolist():
+        rows = (mask.sum(1) == length).nonzero().flatten()
+        dest, src = torch.tril_indices(length - first, length - first, device=scores.device)
+        a = scores[:, rows][..., dest + first, src + first].double()
+        row, column = (torch.nn.functional.one_hot(t).double() for t in (dest, src))
+        for out, effects in ((left, torch.cat([row, column], 1)), (total, row)):
+            fitted = a @ (effects @ torch.linalg.pinv(effects)).mT
+            out[:, rows] = (a - fitted).square().sum(-1)
+    return left, total
+
+
+def pair_shares(
+    scores: Float[Tensor, "layer prompt head dest src"],
+    mask: Bool[Tensor, "prompt pos"],
+    first: int = 1,
+    repeats: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The share of a head's variation within softmax rows that `additive_fit` leaves.
+
+    One row per head: layer, head, share, and its 95 % interval, low and high, from `repeats`
+    bootstrap samples of the prompts.
+    """
+    left, total = (t.cpu() for t in additive_fit(scores, mask, first))
+    prompts = left.shape[1]
+    draws = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, repeats)
+    times = torch.from_numpy(np.vstack([np.ones(prompts), draws]))
+    share = torch.einsum("np,lph->nlh", times, left) / torch.einsum("np,lph->nlh", times, total)
+    bounds = share[1:].quantile(torch.tensor([0.025, 0.975], dtype=share.dtype), dim=0)
+    table = tidy(torch.stack([share[0], *bounds]), ("value", "layer", "head"), "number")
+    table = table.pivot(index=["layer", "head"], columns="value", values="number").reset_index()
+    return table.set_axis(["layer", "head", "share", "low", "high"], axis=1)
+
+
+def shuffle_sources(
+    scores: Float[Tensor, "layer prompt head dest src"], seed: int = 0, first: int = 1
+) -> Float[Tensor, "layer prompt head dest src"]:
+    """The visible scores of each row in random order, the first `first` left in place.
+
+    Every row keeps its scores, so its attention is as sharp as before; who gets them is chance.
+    """
+    size = scores.shape[-1]
+    noise = torch.rand((*scores.shape[:-1], size), generator=torch.Generator().manual_seed(seed))
+    noise[..., :first] = torch.arange(-first, 0)
+    future = torch.ones(size, size, dtype=torch.bool).triu(1)
+    order = torch.where(future, 2.0 + torch.arange(size), noise).argsort(-1)
+    return scores.gather(-1, order.to(scores.device))
+
+
+def tidy(values: Tensor, dims: Sequence[str], name: str) -> pd.DataFrame:
+    """One row per entry of an array: its place in each dimension, and its value as `name`."""
+    index = pd.MultiIndex.from_product([range(size) for size in values.shape], names=dims)
+    column = values.detach().cpu().flatten().numpy()
+    return pd.DataFrame({name: column}, index=index).reset_index()

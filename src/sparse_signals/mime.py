@@ -79,7 +79,8 @@ def data_table(rows: list[dict[str, Any]]) -> str:
     table = pd.DataFrame(rows[:MAX_ROWS]).map(shorten)
     total = f"{len(rows):,} rows"
     caption = total if len(rows) <= MAX_ROWS else f"The first {MAX_ROWS} of {total}"
-    return f'<div class="chart-table">{html_table(table, digits=4, caption=caption)}</div>'
+    content = html_table(table, digits=4, caption=caption)
+    return f'<div class="chart-table" tabindex="0">{content}</div>'
 
 
 def shorten(value: Any) -> Any:

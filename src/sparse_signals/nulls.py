@@ -129,3 +129,23 @@ def sparser_heads(
             rows.append((*name, len(group), *means, *interval.iloc[0, 1:]))
     columns = ["layer", "head", "name", "pairs", "ours", "null", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def labelled(pairs: Pairs, sparse: pd.DataFrame, basis: str, kind: str) -> pd.DataFrame:
+    """Sparsity measures with the head and prompt of each pair, the basis, and the kind of pairs."""
+    return pairs.table()[["name", "prompt"]].join(sparse).assign(basis=basis, pairs=kind)
+
+
+def intervals(codes: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean and 95 % interval of every sparsity measure, for each group of rows of `labelled`."""
+    groups = codes.groupby(by, sort=False)
+    parts = {
+        key: bootstrap(group.drop(columns=["name", "prompt", *by]), group["prompt"].to_numpy())
+        for key, group in groups
+    }
+    return pd.concat(parts, names=by).reset_index(level=by).reset_index(drop=True)
+
+
+def verdict(low: float, high: float) -> str:
+    """In words, what an interval of a difference in sparsity says (negative: sparser)."""
+    return "sparser" if high < 0 else "less sparse" if low > 0 else "unclear"

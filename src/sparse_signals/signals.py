@@ -4,8 +4,10 @@ The score of a pair of tokens is a sum of r slices, a_ij = Σ_k p_k with
 p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array starts with the pair.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -91,8 +93,27 @@ def _visible(attention: Attention) -> Bool[Tensor, "prompt #head dest src"]:
     return (causal & attention.mask[:, :, None] & attention.mask[:, None, :])[:, None]
 
 
+def strongest_sources(attention: Attention) -> Pairs:
+    """For every head and destination i ≥ 1, the pair with the largest attention weight, j ≥ 1."""
+    visible = _visible(attention)
+    best = attention.pattern.masked_fill(~visible, -1).argmax(-1, keepdim=True)
+    source = torch.arange(attention.pattern.shape[-1], device=best.device)
+    return _pairs(attention, (source == best) & visible)
+
+
 def _pairs(attention: Attention, chosen: Bool[Tensor, "layer prompt head dest src"]) -> Pairs:
-    layer, prompt, head, dest, src = chosen.nonzero(as_tuple=True)
+    return pairs_at(attention, *chosen.nonzero(as_tuple=True))
+
+
+def pairs_at(
+    attention: Attention,
+    layer: Int[Tensor, "pair"],
+    prompt: Int[Tensor, "pair"],
+    head: Int[Tensor, "pair"],
+    dest: Int[Tensor, "pair"],
+    src: Int[Tensor, "pair"],
+) -> Pairs:
+    """The pairs at given places, with their attention weights and scores (float64)."""
     q = attention.q[layer, prompt, head, dest].double()
     k = attention.k[layer, prompt, head, src].double()
     score = (q * k).sum(-1) / attention.scale[layer]
@@ -200,3 +221,47 @@ def signal_norm(
     """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
     keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
     return keys[..., vectors].norm(dim=-1)
+
+
+def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
+    """One row per slice of every pair, largest first: n (pair), k, p, rank, running total, chosen.
+
+    `score` is the sum of the slices of the pair.
+    """
+    values, order = slices.sort(dim=-1, descending=True, stable=True)
+    pairs, rank = values.shape
+    columns = {
+        "n": torch.arange(pairs).repeat_interleave(rank),
+        "k": order.flatten(),
+        "p": values.flatten(),
+        "rank": torch.arange(1, rank + 1).repeat(pairs),
+        "total": values.cumsum(-1).flatten(),
+        "chosen": support(slices).gather(-1, order).flatten(),
+        "score": slices.sum(-1).repeat_interleave(rank),
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def usage_table(pairs: Pairs, supports: Bool[Tensor, "pair r"]) -> pd.DataFrame:
+    """How often each singular pair is in the support: one row per head and k, with the share."""
+    wide = pd.DataFrame(supports.double().cpu().numpy()).rename_axis(columns="k")
+    table = pairs.table()
+    share = wide.groupby([table["layer"], table["head"], table["name"]]).mean()
+    return share.stack().rename("share").reset_index()
+
+
+def captured_share(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
+    """Share of the score in the n slices of largest |p|: quartiles over pairs, for n = 1 … r."""
+    order = slices.abs().argsort(dim=-1, descending=True, stable=True)
+    share = slices.gather(-1, order).cumsum(-1) / slices.sum(-1, keepdim=True)
+    low, middle, high = np.quantile(share.cpu().numpy(), [0.25, 0.5, 0.75], axis=0)
+    count = np.arange(1, slices.shape[-1] + 1)
+    return pd.DataFrame({"n": count, "share": middle, "low": low, "high": high})
+
+
+def auc(values: Sequence[float], positive: Sequence[bool]) -> float:
+    """Chance that a random positive has a larger value than a random negative, ties half."""
+    positive = np.asarray(positive, dtype=bool)
+    rank = pd.Series(np.asarray(values)).rank().to_numpy()
+    ahead = rank[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
+    return float(ahead / (positive.sum() * (~positive).sum()))

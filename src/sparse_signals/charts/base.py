@@ -31,7 +31,7 @@ HIGHLIGHT = "#C2188B"
 
 INK = "currentColor"  # the text colour of the page, so that dark mode needs no second drawing
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
-AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{32}|\d+)\b")
+AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{16,32}|\d+)\b")
 KINDS = {"param": "param", "view": "view", "data": "table"}  # Vega-Lite keeps data_1 to itself
 TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
 
