@@ -84,8 +84,9 @@ def test_sparse_code_in_a_known_basis_beats_its_rotations():
     assert (ours["participation"] <= 2 + 1e-9).all() and null["participation"].mean() > 3
     ids = torch.arange(200)
     pairs = signals.Pairs(ids * 0, ids, ids * 0 + 1, ids, ids, ids.double(), ids.double())
-    heads = nulls.sparser_heads(ours, null, pairs, "participation")
-    assert heads["name"].tolist() == ["0.1"] and heads["high"].item() < 0
+    heads = nulls.sparser_heads(ours, null, pairs).set_index("measure")
+    assert set(heads["name"]) == {"0.1"} and heads.loc["participation", "high"] < 0
+    assert nulls.verdict(*heads.loc["participation", ["low", "high"]]) == "sparser"
 
 
 def test_gaussian_code_does_not_beat_its_rotations():
@@ -95,3 +96,30 @@ def test_gaussian_code_does_not_beat_its_rotations():
     ours, null = signals.sparsity(coords.slices), nulls.rotation_sparsity(coords, repeats=5)
     for measure in ("participation", "ninety", "settled"):
         assert ours[measure].mean() == pytest.approx(null[measure].mean(), rel=0.03)
+
+
+def test_verdict_needs_an_interval_away_from_zero():
+    assert nulls.verdict(-2, -1) == "sparser" and nulls.verdict(1, 2) == "less sparse"
+    assert nulls.verdict(-1, 1) == "unclear"
+
+
+def test_intervals_are_those_of_each_group(run):
+    attention, svd, pairs = run
+    table = signals.sparsity(signals.coordinates(svd, attention, pairs).slices)
+    codes = pd.concat(
+        [
+            nulls.labelled(pairs, table, "SVD", "firing"),
+            nulls.labelled(pairs, table + 1, "more", "firing"),
+        ]
+    )
+    rows = nulls.intervals(codes, ["basis", "pairs"]).set_index(["basis", "measure"])
+    assert rows.loc[("SVD", "support"), "value"] == pytest.approx(table["support"].mean())
+    assert rows.loc[("more", "ninety"), "low"] == rows.loc[("SVD", "ninety"), "low"] + 1
+
+
+def test_gaussian_null_of_a_head_without_spread_shares_the_total_evenly():
+    ids = torch.zeros(3, dtype=torch.long)
+    pairs = signals.Pairs(ids, ids, ids, ids, ids, ids.double(), ids.double())
+    flat = torch.zeros(3, 4, dtype=torch.float64)
+    null = nulls.gaussian_slices(pairs, pairs, flat, torch.full((3,), 8.0).double())
+    assert (null == 2).all()

@@ -200,3 +200,46 @@ def test_padding_never_fires(run):
     assert isinstance(attention, Attention)
     assert attention.mask[pairs.prompt, pairs.dest].all()
     assert attention.mask[pairs.prompt, pairs.src].all()
+
+
+def test_strongest_source_has_the_largest_weight_of_its_row(run):
+    attention, _, _ = run
+    pairs = signals.strongest_sources(attention)
+    assert len(pairs) == 3 * 4 * (attention.mask.sum() - len(attention.mask))
+    rows = attention.pattern[pairs.layer, pairs.prompt, pairs.head, pairs.dest, 1:]
+    torch.testing.assert_close(pairs.attention, rows.amax(-1))
+
+
+def test_pairs_at_given_places(run):
+    attention, _, pairs = run
+    places = (pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src)
+    assert torch.equal(signals.pairs_at(attention, *places).score, pairs.score)
+
+
+def test_slice_table_is_sorted_and_adds_up():
+    table = signals.slice_table(torch.tensor([[1.0, -2.0, 3.0]]))
+    assert table["k"].tolist() == [2, 0, 1] and table["total"].tolist() == [3, 4, 2]
+    assert table["chosen"].tolist() == [True, False, False] and (table["score"] == 2).all()
+
+
+def test_usage_is_the_share_of_supports_with_each_vector(run):
+    attention, svd, pairs = run
+    chosen = signals.support(signals.coordinates(svd, attention, pairs).slices)
+    table = signals.usage_table(pairs, chosen)
+    here = (pairs.layer == 1) & (pairs.head == 2)
+    row = table.query("name == '1.2' and k == 3")["share"].item()
+    assert row == pytest.approx(chosen[here, 3].double().mean().item())
+
+
+def test_captured_share_ends_at_the_whole_score(run):
+    attention, svd, pairs = run
+    strong = pairs[pairs.score > 0.1]
+    table = signals.captured_share(signals.coordinates(svd, attention, strong).slices)
+    assert table["share"].iloc[-1] == pytest.approx(1) and len(table) == svd.S.shape[-1]
+    assert (table["low"] <= table["high"]).all()
+
+
+def test_auc_of_known_orders():
+    assert signals.auc([3.0, 2, 1, 0], [True, True, False, False]) == 1
+    assert signals.auc([0.0, 2, 1, 3], [True, True, False, False]) == 0.25
+    assert signals.auc([1.0, 1, 1], [True, False, False]) == 0.5

@@ -32,6 +32,8 @@ REFUSED = {
     "gemma3_text": "it normalises queries and keys inside the head",
     "gpt_neox": "it rotates only a part of each head",
 }
+# Settings that would make scores something else than q·k / scale in full precision.
+USUAL = {"scale_attn_weights": True, "reorder_and_upcast_attn": False, "partial_rotary_factor": 1}
 
 
 class ModelError(ValueError):
@@ -147,14 +149,18 @@ def _architecture(directory: Path) -> str:
         raise ModelError(f"{directory} has no config.json: not a model in HF format") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot read {path}: {one_line(error)}") from error
-    reason = REFUSED.get(kind, "its attention has not been checked")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or config
-    if kind in ARCHITECTURES:
-        if config.get("scale_attn_weights", True) and rope.get("partial_rotary_factor", 1) == 1:
-            return ARCHITECTURES[kind]
-        reason = "scale_attn_weights=false or a partial_rotary_factor is not treated"
-    known = ", ".join(ARCHITECTURES)
-    raise ModelError(f"cannot use a model of type {kind!r} ({directory}): {reason}; known: {known}")
+    if kind not in ARCHITECTURES:
+        reason = REFUSED.get(kind, "its attention has not been checked")
+        raise ModelError(
+            f"cannot use {directory}, a model of type {kind!r}: {reason} "
+            f"(types that work: {', '.join(ARCHITECTURES)})"
+        )
+    settings = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    for setting, usual in USUAL.items():
+        if settings.get(setting, usual) != usual:
+            value = json.dumps(settings[setting])
+            raise ModelError(f"cannot use {directory}: its {setting} is {value}, not {usual}")
+    return ARCHITECTURES[kind]
 
 
 def _read_tokenizer(directory: Path) -> Any:

@@ -71,7 +71,8 @@ def gaussian_slices(
     mean, variance = _profile(slices, there, int(torch.cat([here, there]).max()) + 1)
     noise = np.random.default_rng(seed).standard_normal((len(pairs), slices.shape[-1]))
     free = mean[here] + variance[here].sqrt() * torch.from_numpy(noise).to(slices)
-    share = variance[here] / variance[here].sum(-1, keepdim=True)
+    spread = variance[here].sum(-1, keepdim=True)
+    share = torch.where(spread > 0, variance[here] / spread, 1 / slices.shape[-1])
     return free + share * (total - free.sum(-1))[:, None]
 
 
@@ -111,24 +112,23 @@ def bootstrap(
 
 
 def sparser_heads(
-    ours: pd.DataFrame, null: pd.DataFrame, pairs: Pairs, measure: str, least: int = 20
+    ours: pd.DataFrame, null: pd.DataFrame, pairs: Pairs, least: int = 20
 ) -> pd.DataFrame:
-    """Head by head, is `measure` smaller for `ours` than for `null` on the same pairs?
+    """Head by head, is `ours` sparser than `null` on the same pairs?
 
-    One row per head with at least `least` pairs: name, pairs, ours, null, and the difference with
-    its bootstrap interval. Negative means that ours is sparser.
+    One row per measure and head with at least `least` pairs: name, pairs, and the mean difference
+    with its bootstrap interval. Negative means that ours is sparser.
     """
-    where = pairs.table()[["layer", "head", "name", "prompt"]]
-    where = where.assign(ours=ours[measure], null=null[measure])
-    where["difference"] = where["ours"] - where["null"]
-    rows = []
-    for name, group in where.groupby(["layer", "head", "name"]):
+    where = pairs.table()[["name", "prompt"]]
+    parts = []
+    for name, group in where.groupby("name", sort=False):
         if len(group) >= least:
-            interval = bootstrap(group[["difference"]], group["prompt"].to_numpy())
-            means = group[["ours", "null"]].mean()
-            rows.append((*name, len(group), *means, *interval.iloc[0, 1:]))
-    columns = ["layer", "head", "name", "pairs", "ours", "null", "difference", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+            rows = bootstrap((ours - null).loc[group.index], group["prompt"].to_numpy())
+            parts.append(rows.assign(name=name, pairs=len(group)))
+    columns = ["name", "pairs", "measure", "difference", "low", "high"]
+    if not parts:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(parts, ignore_index=True).rename(columns={"value": "difference"})[columns]
 
 
 def labelled(pairs: Pairs, sparse: pd.DataFrame, basis: str, kind: str) -> pd.DataFrame:

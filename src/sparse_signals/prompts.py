@@ -12,14 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sparse_signals.sentences import NAMES, OBJECTS, PLACES, TEMPLATES, Template
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and prints
+    from transformers import PreTrainedTokenizerBase
 
 NEIGHBOURS = ("IO", "S1", "S2", "third")
 
@@ -48,7 +51,7 @@ def ioi_prompts(
     n: int,
     seed: int = 0,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     names: Sequence[str] = NAMES,
     order: str = "both",
     giver: str = "repeated",
@@ -82,7 +85,7 @@ def _check_choices(n: int, order: str, giver: str, templates: Sequence[Template]
 
 
 def _name_pool(
-    names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, needed: int
+    names: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", needed: int
 ) -> list[str]:
     split = [] if tokenizer is None else [x for x in names if _name_id(x, tokenizer) is None]
     if split and tuple(names) != NAMES:
@@ -93,7 +96,7 @@ def _name_pool(
     return pool
 
 
-def _name_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _name_id(name: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
@@ -151,7 +154,7 @@ def _infer_names(row: dict, names: Sequence[str]) -> dict:
 
 def encode(
     prompts: pd.DataFrame | Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     bos: bool,
     max_length: int,
@@ -179,7 +182,7 @@ def encode(
     return Batch(table, tokens, mask, labels, _roles(table, tokens, mask, tokenizer), io, s)
 
 
-def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if not text.strip():
         raise PromptError("an empty prompt")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -190,7 +193,7 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def _is_unknown(word: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_unknown(word: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     forms = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (word, f" {word}"))
     return all(tokenizer.unk_token_id in ids for ids in forms)
 
@@ -202,7 +205,7 @@ def _check_lengths(rows: list[list[int]], texts: Sequence[str], max_length: int)
 
 
 def _pad(
-    rows: list[list[int]], tokenizer: PreTrainedTokenizerBase
+    rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Int[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
     filler = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     lengths = torch.tensor([len(row) for row in rows])
@@ -212,7 +215,7 @@ def _pad(
     return tokens, mask
 
 
-def _ids(names: pd.Series, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "prompt"]:
+def _ids(names: pd.Series, tokenizer: "PreTrainedTokenizerBase") -> Int[Tensor, "prompt"]:
     known = {name: _name_id(name, tokenizer) for name in names.unique()}
     split = [name for name, token in known.items() if token is None]
     if split:
@@ -224,7 +227,7 @@ def _roles(
     table: pd.DataFrame,
     tokens: Int[Tensor, "prompt pos"],
     mask: Bool[Tensor, "prompt pos"],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Int[Tensor, "prompt"]]:
     wanted = {"IO": ("io", 0), "S1": ("s", 0)}
     wanted |= {"third": ("third", 0)} if "third" in table else {"S2": ("s", 1)}

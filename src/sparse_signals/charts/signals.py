@@ -1,0 +1,215 @@
+"""Charts of chapter 3: slices, supports, vectors in use, what a signal means."""
+
+import altair as alt
+import pandas as pd
+
+from sparse_signals.charts.base import WIDTH, finish
+
+IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
+HATCH = alt.Opacity("chosen:N").scale(domain=["in the support", "left out"], range=[1, 0.45])
+
+
+def slice_bars(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """One firing and one silent pair: their slices from the largest to the smallest.
+
+    Columns: pair ("firing: …" and "silent: …"), and those of `signals.slice_table`.
+    """
+    table = table.assign(chosen=_in_words(table["chosen"]))
+    score = table.groupby("pair", sort=False)["score"].first()
+    size = table[table["chosen"] == "in the support"].groupby("pair", sort=False).size()
+    base = alt.Chart(table).encode(
+        alt.X("rank:O").title("slices, largest first").axis(labels=False)
+    )
+    bars = base.mark_bar().encode(
+        alt.Y("p:Q").title("p, and its running sum"),
+        IN_SUPPORT,
+        HATCH.legend(None),
+        tooltip=["k:O", alt.Tooltip("p:Q", format=".3f"), "chosen:N"],
+    )
+    line = base.mark_line(point=alt.OverlayMarkDef(size=14), color="currentColor", strokeWidth=1)
+    rule = alt.Chart(table).mark_rule(strokeDash=[4, 4]).encode(y="mean(score):Q")
+    chart = (bars + line.encode(y="total:Q") + rule).properties(width=250, height=220)
+    counts = " and ".join(f"{size.get(name, 0)} of {table['k'].nunique()}" for name in score.index)
+    return finish(
+        chart.facet(alt.Column("pair:N").title(None).sort(list(score.index)), columns=2),
+        f"The published support takes {counts} slices: first the firing pair, then the silent one",
+        "Two bar charts. Slices of one firing pair and of one silent pair, sorted in descending "
+        "order, with their running sum as a line and the score as a dashed rule. Slices in the "
+        "published support are filled, the others are pale.",
+    )
+
+
+def score_explorer(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """Pick prompt, head and destination: attention over the sources, and slices of the strongest.
+
+    Columns: prompt, name (head), dest, src (strongest source, the first token apart), and lists:
+    labels and weights (per token), slices and chosen (per singular pair).
+    """
+    table = table.assign(chosen=[_in_words(row) for row in table["chosen"]])
+    lists = ("labels", "weights", "slices", "chosen")
+    packed = {name: ["|".join(map(_short, row)) for row in table[name]] for name in lists}
+    table = table[["prompt", "name", "dest", "src"]].assign(
+        **packed
+    )  # strings: a tenth of the size
+    last = int(table["dest"].max())
+    prompts, heads = sorted(table["prompt"].unique().tolist()), list(table["name"].unique())
+    bind = {
+        "prompt": alt.binding_select(options=prompts, name="prompt "),
+        "name": alt.binding_select(options=heads, name="head "),
+        "dest": alt.binding_range(min=1, max=last, step=1, name="destination position "),
+    }
+    start = table.iloc[0]
+    picks = [
+        alt.param(name=f"pick_{field}", value=_plain(start[field]), bind=bind[field])
+        for field in bind
+    ]
+    test = " && ".join(f"datum.{field} == pick_{field}" for field in bind)
+    base = alt.Chart(table).transform_filter(test)
+    attention = _flatten(base, "labels", "weights").mark_bar().encode(
+        alt.X("pos:O").title("source token").axis(labelExpr=_token_axis(table), labelAngle=-60),
+        alt.Y("value:Q").title("attention").scale(domain=[0, 1]),
+        alt.Color("datum_best:N").title("strongest source").scale(domain=["no", "yes"]),
+        tooltip=["label:N", alt.Tooltip("value:Q", format=".3f")],
+    ).transform_calculate(datum_best="datum.pos == datum.src ? 'yes' : 'no'")  # fmt: skip
+    slices = _flatten(base, "chosen", "slices").mark_bar().encode(
+        alt.X("pos:O").title("singular pair k").axis(labelOverlap=True),
+        alt.Y("value:Q").title("slice p of the strongest source"),
+        alt.Color("label:N").title("slice is").scale(domain=["in the support", "left out"]),
+        tooltip=["pos:O", alt.Tooltip("value:Q", format=".3f"), "label:N"],
+    )  # fmt: skip
+    panels = [chart.properties(width=WIDTH - 60, height=150) for chart in (attention, slices)]
+    chart = alt.vconcat(*panels).add_params(*picks).resolve_scale(color="independent")
+    return finish(
+        chart,
+        f"Every score is a sum of slices: {len(heads)} heads to explore",
+        "Two linked bar charts with a menu for the prompt, a menu for the head and a slider for "
+        "the destination. Above: attention of the destination to each source token. Below: the "
+        "slices of its score with the most attended source, the support marked.",
+    )
+
+
+def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """Support size per head, firing and silent; click a head to see the whole distribution.
+
+    Columns: name, pairs ("firing", "silent"), support; one row per pair of tokens.
+    """
+    table = table.rename(columns={"support": "size"})
+    table = table.groupby(["name", "pairs", "size"]).size().rename("count").reset_index()
+    heads, cell = list(dict.fromkeys(table["name"])), alt.X("size:Q").title("size of the support")
+    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click",
+                               bind=alt.binding_select(options=heads, name="head "))  # fmt: skip
+    means = table.assign(total=table["size"] * table["count"]).groupby(
+        ["name", "pairs"], sort=False
+    )
+    means = (means["total"].sum() / means["count"].sum()).rename("mean").reset_index()
+    points = alt.Chart(means).mark_point(filled=True, size=70).encode(
+        alt.X("mean:Q").title("mean size of the support").scale(zero=True),
+        alt.Y("name:N").title("head").sort(heads),
+        alt.Color("pairs:N").title("pairs").scale(domain=["firing", "silent"]),
+        alt.Shape("pairs:N").title("pairs").scale(domain=["firing", "silent"]),
+        opacity=alt.condition(pick, alt.value(1), alt.value(0.55)),
+        tooltip=["name:N", "pairs:N", alt.Tooltip("mean:Q", format=".2f")],
+    ).add_params(pick).properties(width=WIDTH - 80, height=alt.Step(15))  # fmt: skip
+    bars = alt.Chart(table).transform_filter(pick).mark_bar(opacity=0.8).encode(
+        cell.bin(step=1), alt.Y("count:Q").title("pairs").stack(None),
+        alt.Color("pairs:N"), alt.Row("pairs:N").title(None).sort(["firing", "silent"]),
+        tooltip=["size:Q", "count:Q", "pairs:N"],
+    ).properties(width=WIDTH - 80, height=70)  # fmt: skip
+    wide = means.pivot(index="name", columns="pairs", values="mean")
+    smaller = int((wide["silent"] < wide["firing"]).sum())
+    return finish(
+        alt.vconcat(points, bars),
+        f"The published support is smaller for pairs that do not fire in {smaller} of "
+        f"{len(wide)} heads",
+        "Dot plot of the mean support size per head, for firing and for silent pairs, and below "
+        "it histograms of the sizes for the head that is clicked or chosen in the menu.",
+    )
+
+
+def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """How often each singular pair is in the support, per head; click a head for its profile.
+
+    Columns: name, k, pairs ("firing", "silent"), share (of pairs whose support has k).
+    """
+    heads = list(dict.fromkeys(table["name"]))
+    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click",
+                               bind=alt.binding_select(options=heads, name="head "))  # fmt: skip
+    grid = alt.Chart(table).transform_filter("datum.pairs == 'firing'").mark_rect().encode(
+        alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
+        alt.Y("name:N").title("head").sort(heads),
+        alt.Color("share:Q").title("share of firings").scale(domain=[0, 1]),
+        stroke=alt.condition(pick, alt.value("currentColor"), alt.value(None)),
+        tooltip=["name:N", "k:O", alt.Tooltip("share:Q", format=".2f")],
+    ).add_params(pick).properties(width=WIDTH - 130, height=alt.Step(14))  # fmt: skip
+    bars = alt.Chart(table).transform_filter(pick).mark_bar().encode(
+        alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
+        alt.Y("share:Q").title("share of pairs").scale(domain=[0, 1]), alt.XOffset("pairs:N"),
+        alt.Fill("pairs:N").title("pairs").scale(domain=["firing", "silent"]),
+        tooltip=["name:N", "k:O", "pairs:N", alt.Tooltip("share:Q", format=".2f")],
+    ).properties(width=WIDTH - 130, height=150)  # fmt: skip
+    often = (table[table["pairs"] == "firing"].set_index("name")["share"] >= 0.5).groupby(level=0)
+    return finish(
+        alt.vconcat(grid, bars),
+        f"A head uses {often.sum().median():.0f} of its {table['k'].nunique()} singular pairs in "
+        "at least half of its firings (median head)",
+        "Heat map of heads by singular pairs: the share of a head's firings whose support holds "
+        "the pair. Below, the same for the chosen head, firing and silent pairs side by side.",
+    )
+
+
+def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelMixin:
+    """Length of the signal on each kind of token. Columns: token, name (bool), strength."""
+    groups = table.groupby([table["token"].str.strip(), "name"])["strength"]
+    table = groups.agg(["mean", "size"]).reset_index()
+    table["low"], table["high"] = groups.quantile(0.1).to_numpy(), groups.quantile(0.9).to_numpy()
+    table["kind"] = table["name"].map({True: "a name", False: "another word"})
+    table = pd.concat([part.nlargest(18, "size") for _, part in table.groupby("kind")])
+    order = table.sort_values("mean", ascending=False)["token"].tolist()
+    base = alt.Chart(table).encode(
+        alt.Y("token:N").title(None).sort(order), alt.Color("kind:N").title("token is")
+    )
+    points = base.mark_point(filled=True, size=60).encode(
+        alt.X("mean:Q").title("length of the signal ‖P_V x̃‖ (mean, middle 80 %)").scale(zero=True),
+        alt.Shape("kind:N").title("token is"),
+        tooltip=["token:N", "kind:N", alt.Tooltip("mean:Q", format=".2f")],
+    )
+    rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    return finish(
+        (rules + points).properties(width=WIDTH - 120, height=alt.Step(15)),
+        f"The signal tells names from other tokens with AUC {auc:.2f}; as many random vectors of "
+        f"the same head: {chance}",
+        "Dot plot: for each kind of token, how long its projection on the head's signal is; names "
+        "are marked by colour and shape.",
+    )
+
+
+def _in_words(chosen) -> list[str]:
+    return ["in the support" if x else "left out" for x in chosen]
+
+
+def _short(value) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _plain(value):
+    return value.item() if hasattr(value, "item") else value
+
+
+def _flatten(chart: alt.Chart, labels: str, values: str) -> alt.Chart:
+    """One row per entry of two |-separated strings: label, value, and its position pos."""
+    return (
+        chart.transform_calculate(
+            label=f"split(datum.{labels}, '|')", text=f"split(datum.{values}, '|')"
+        )
+        .transform_flatten(["label", "text"])
+        .transform_calculate(value="toNumber(datum.text)")
+        .transform_window(pos="row_number()")
+        .transform_calculate(pos="datum.pos - 1")
+    )
+
+
+def _token_axis(table: pd.DataFrame) -> str:
+    """Axis label of a position: the token there in the chosen prompt."""
+    rows = table.drop_duplicates("prompt")
+    cases = ", ".join(f"'{row.prompt}': split({row.labels!r}, '|')" for row in rows.itertuples())
+    return f"({{{cases}}})[pick_prompt][datum.value]"
