@@ -5,14 +5,19 @@ import torch
 
 from sparse_signals.heads import (
     QKForms,
+    additive_fit,
     bilinear_scores,
     head_svd,
     head_table,
+    pair_shares,
     participation_ratio,
     qk_forms,
     read_attention,
+    score_parts,
     scores,
+    shuffle_sources,
     spectrum_table,
+    tidy,
 )
 from sparse_signals.models import activations
 
@@ -130,3 +135,78 @@ def test_tables_have_one_row_per_head_and_value():
     assert spectrum.groupby(["layer", "head"])["share"].sum().tolist() == pytest.approx([1.0] * 6)
     assert heads["name"].tolist()[-1] == "1.2"
     assert heads["condition"].iloc[0] == pytest.approx((svd.S[0, 0, 0] / svd.S[0, 0, -1]).item())
+
+
+def test_score_parts_add_up_and_the_last_two_do_not_vary_within_a_row(tiny_gpt2, tokens, mask):
+    a = scores(read_attention(tiny_gpt2, tokens, mask))
+    x = activations(tiny_gpt2, tokens, ("normalized",))["normalized"]
+    parts = score_parts(qk_forms(tiny_gpt2), x)
+    torch.testing.assert_close(parts.sum(0), a, atol=1e-10, rtol=1e-10)
+    content, source, destination, constant = parts
+    for part, same in ((source, -2), (destination, -1), (constant, -1), (constant, -2)):
+        assert (part.amax(same) - part.amin(same)).abs().max() < 1e-12
+    assert (content.std(-1) > 0).all()
+
+
+def additive(first: int):
+    """Scores f_i + g_j of two heads on three prompts of up to seven tokens; junk before `first`."""
+    generator = torch.Generator().manual_seed(1)
+    f, g = torch.randn(2, 1, 3, 2, 7, generator=generator, dtype=torch.float64)
+    a = f[..., :, None] + g[..., None, :]
+    a[..., :first] = torch.randn(1, 3, 2, 7, first, generator=generator, dtype=torch.float64)
+    return a, torch.arange(7) < torch.tensor([7, 5, 7])[:, None]
+
+
+def test_additive_scores_leave_nothing_to_the_pair():
+    a, mask = additive(first=1)
+    left, total = additive_fit(a, mask)
+    assert (left / total).max() < 1e-20
+    left, total = additive_fit(a, mask, first=0)
+    assert (left / total).min() > 1e-3
+
+
+def test_additive_fit_is_least_squares_and_ignores_padding():
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randn(2, 3, 2, 7, 7, generator=generator, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 5, 6])[:, None]
+    left, total = additive_fit(a, mask)
+    pairs = [(i, j) for i in range(1, 5) for j in range(1, i + 1)]  # prompt 1 has five tokens
+    X = torch.zeros(len(pairs), 14, dtype=torch.float64)
+    for n, (i, j) in enumerate(pairs):
+        X[n, i] = X[n, 7 + j] = 1
+    y = torch.stack([a[1, 1, 0, i, j] for i, j in pairs])
+    fitted = X @ torch.linalg.lstsq(X, y, driver="gelsd").solution
+    torch.testing.assert_close(left[1, 1, 0], ((y - fitted) ** 2).sum())
+    rows = [torch.stack([a[1, 1, 0, i, j] for j in range(1, i + 1)]) for i in range(1, 5)]
+    expected = sum(((row - row.mean()) ** 2).sum() for row in rows)
+    torch.testing.assert_close(total[1, 1, 0], expected)
+
+
+def test_pair_shares_have_an_interval_around_them():
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(2, 20, 3, 9, 9, generator=generator, dtype=torch.float64)
+    mask = torch.ones(20, 9, dtype=torch.bool)
+    table = pair_shares(a, mask)
+    assert list(table.columns) == ["layer", "head", "share", "low", "high"] and len(table) == 6
+    assert (table["low"] < table["share"]).all() and (table["share"] < table["high"]).all()
+    free = (8 * 9 / 2 - 15) / (8 * 9 / 2 - 8)  # degrees of freedom: pure noise leaves this share
+    assert abs(table["share"].mean() - free) < 0.02
+
+
+def test_shuffled_sources_keep_the_scores_of_a_row():
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(1, 4, 2, 8, 8, generator=generator, dtype=torch.float64)
+    b = shuffle_sources(a, seed=0)
+    assert torch.equal(b[..., 0], a[..., 0])
+    past = torch.ones(8, 8, dtype=torch.bool).tril()
+    for i in range(8):
+        before, after = (t[..., i, : i + 1].sort().values for t in (a, b))
+        assert torch.equal(before, after)
+    assert torch.equal(b[..., ~past], a[..., ~past])
+    assert not torch.equal(b, a)
+
+
+def test_tidy_has_one_row_per_entry():
+    table = tidy(torch.arange(6.0).view(2, 3), ("layer", "head"), "x")
+    assert list(table.columns) == ["layer", "head", "x"]
+    assert table.query("layer == 1 and head == 2")["x"].item() == 5

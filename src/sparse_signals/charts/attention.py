@@ -1,0 +1,220 @@
+"""Charts of chapter 1: where the heads of a model look."""
+
+import altair as alt
+import pandas as pd
+
+from sparse_signals.charts.base import finish, rounded
+
+ROLES = ("IO", "S1", "S2", "third", "end")
+STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
+
+
+def head_names(table: pd.DataFrame) -> pd.Series:
+    """The book's names of heads, "layer.head"."""
+    return table["layer"].astype(str) + "." + table["head"].astype(str)
+
+
+def token_labels(roles: pd.DataFrame) -> pd.DataFrame:
+    """One row per token: prompt, pos, label. "7 Mary (IO)" has its place, its text and its roles.
+
+    `roles` is the table of `prompts.role_table`: prompt, pos, token, role, a row for each role.
+    """
+    kept = roles.assign(role=roles["role"].where(roles["role"].isin(ROLES), ""))
+    rows = kept.groupby(["prompt", "pos"], as_index=False).agg(
+        token=("token", "first"), role=("role", lambda r: ", ".join(x for x in r if x))
+    )
+    role = rows["role"].map(lambda x: f" ({x})" if x else "")
+    label = rows["pos"].astype(str) + " " + rows["token"].str.strip() + role
+    return rows[["prompt", "pos"]].assign(label=label)
+
+
+def percent(share: float) -> str:
+    """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
+    return f"{100 * share:.0f} %" if share >= 0.0095 else f"{100 * share:.1f} %"
+
+
+def attention_explorer(attention: pd.DataFrame, roles: pd.DataFrame) -> alt.TopLevelMixin:
+    """Every head on a few prompts: choose a head, a prompt and a destination token.
+
+    `attention`: prompt, layer, head, dest, src, attention (all pairs).
+    `roles`: the table of `prompts.role_table` for the same prompts.
+    """
+    labels = token_labels(roles)
+    texts = labels.groupby("prompt", as_index=False).agg(
+        labels=("label", "\t".join), last=("pos", "max")
+    )
+    last = attention["prompt"].map(texts.set_index("prompt")["last"])
+    attention = attention[attention["src"].le(attention["dest"]) & attention["dest"].le(last)]
+    heads = _looks_at(attention, roles, "end", "IO")
+    best = heads.loc[heads["mean"].idxmax()]
+    head = _choice("name", list(heads["name"]), best["name"], "Head ")
+    prompt = alt.param(
+        name="prompt", value=int(texts["prompt"].iloc[0]),
+        bind=alt.binding_select(options=[int(p) for p in texts["prompt"]], name="Prompt "),
+    )  # fmt: skip
+    longest = int(labels["pos"].max())
+    slider = alt.binding_range(min=0, max=longest, step=1, name="Destination: tokens from the end ")
+    back = alt.selection_point(
+        name="back", fields=["back"], bind=slider, value=[{"back": 0}], on="click", empty=False
+    )
+    unpacked = _unpack(_packed(attention), texts, head)
+    chart = alt.vconcat(
+        _grid(heads, head, "mean attention from end to IO"),
+        _matrix(unpacked, back), _row(unpacked, back), spacing=14,
+    ).resolve_scale(color="independent")  # fmt: skip
+    title = (
+        f"From the last word, head {best['name']} looks most at the indirect object: "
+        f"{percent(best['mean'])} of its attention, on average over these prompts"
+    )
+    description = (
+        f"Three linked views of {len(heads)} heads on {len(texts)} prompts: a grid of layers and "
+        "heads, the attention matrix of the chosen head, and the attention from the chosen "
+        f"destination over the tokens of the prompt. {title}."
+    )
+    return finish(chart.add_params(prompt), title, description)
+
+
+def _looks_at(attention: pd.DataFrame, roles: pd.DataFrame, dest: str, src: str) -> pd.DataFrame:
+    place = roles.pivot_table(index="prompt", columns="role", values="pos", aggfunc="first")
+    pairs = place[[dest, src]].reset_index().set_axis(["prompt", "dest", "src"], axis=1)
+    found = attention.merge(pairs.astype(int), on=["prompt", "dest", "src"])
+    mean = found.groupby(["layer", "head"], as_index=False).agg(mean=("attention", "mean"))
+    return mean.assign(name=head_names(mean))
+
+
+def _packed(attention: pd.DataFrame) -> pd.DataFrame:
+    ordered = attention.sort_values(["layer", "head", "prompt", "dest", "src"])
+    weights = (ordered["attention"] * 100).round().astype(int).astype(str)
+    table = ordered[["layer", "head", "prompt"]].assign(name=head_names(ordered), packed=weights)
+    groups = table.groupby(["layer", "head", "prompt", "name"], as_index=False)
+    return groups["packed"].agg(" ".join)[["name", "prompt", "packed"]]
+
+
+def _choice(field: str, options: list, value: object, label: str) -> alt.Parameter:
+    """A selection of one value, by a click on a mark or by a list that the keyboard reaches."""
+    return alt.selection_point(
+        name=f"chosen_{field}", fields=[field], value=[{field: value}], on="click", empty=False,
+        bind={field: alt.binding_select(options=options, name=label)},
+    )  # fmt: skip
+
+
+def _grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> alt.LayerChart:
+    """Layers by heads: colour and size of a dot say the same, a frame marks the chosen head."""
+    many = heads["layer"].nunique() > 12
+    base = alt.Chart(rounded(heads)).encode(
+        alt.X("head:O").title("head").axis(labelAngle=0),
+        alt.Y("layer:O").title("layer"),
+        tooltip=["name:N", alt.Tooltip("mean:Q", format=".1%", title=legend)],
+    )
+    legend = alt.Legend(format="%", orient="right", tickCount=4, titleLimit=110)
+    frame = base.mark_rect(fill="transparent", stroke="currentColor").encode(
+        strokeWidth=alt.condition(head, alt.value(2), alt.value(0.2))
+    )
+    dots = base.mark_circle(opacity=1).encode(
+        alt.Size("mean:Q")
+        .scale(domain=[0, 1], range=[0, 120 if many else 320])
+        .title("attention")
+        .legend(legend),
+        alt.Color("mean:Q").scale(domain=[0, 1]).title("attention").legend(legend),
+    )
+    step = alt.Step(13 if many else 24)
+    return alt.layer(dots, frame.add_params(head)).properties(width=alt.Step(26), height=step)
+
+
+def _unpack(packed: pd.DataFrame, texts: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
+    return (
+        alt.Chart(packed)
+        .transform_filter(head)
+        .transform_filter("datum.prompt == prompt")
+        .transform_lookup("prompt", alt.LookupData(texts, "prompt", ["labels"]))
+        .transform_calculate(weight="split(datum.packed, ' ')", words="split(datum.labels, '\\t')")
+        .transform_flatten(["weight"])
+        .transform_window(n="row_number()")
+        .transform_calculate(attention="toNumber(datum.weight) / 100")
+        .transform_calculate(i="floor((sqrt(8 * datum.n - 7) - 1) / 2)")
+        .transform_calculate(j="datum.n - 1 - datum.i * (datum.i + 1) / 2")
+        .transform_calculate(destination="datum.words[datum.i]", source="datum.words[datum.j]")
+        .transform_calculate(back="length(datum.words) - 1 - datum.i")
+    )
+
+
+def _matrix(unpacked: alt.Chart, back: alt.Parameter) -> alt.Chart:
+    order = alt.EncodingSortField("j", op="min")
+    rows = alt.EncodingSortField("i", op="min")
+    return (
+        unpacked.mark_rect(stroke="currentColor")
+        .encode(
+            alt.X("source:N").sort(order).title("source").axis(labelAngle=-60),
+            alt.Y("destination:N").sort(rows).title("destination"),
+            alt.Color("attention:Q").scale(domain=[0, 1]).legend(None),
+            strokeWidth=alt.condition(back, alt.value(1.2), alt.value(0)),
+            tooltip=["destination:N", "source:N", alt.Tooltip("attention:Q", format=".1%")],
+        )
+        .properties(width=alt.Step(STEP), height=alt.Step(STEP))
+        .add_params(back)
+    )
+
+
+def _row(unpacked: alt.Chart, back: alt.Parameter) -> alt.LayerChart:
+    bars = unpacked.transform_filter(back).encode(
+        alt.X("attention:Q").scale(domain=[0, 1.1]).axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
+        .title("attention from the chosen destination"),
+        alt.Y("source:N").sort(alt.EncodingSortField("j", op="min")).title("source"),
+    )  # fmt: skip
+    values = bars.transform_filter("datum.attention >= 0.005").mark_text(align="left", dx=3)
+    values = values.encode(text=alt.Text("attention:Q", format=".0%"))
+    shown = bars.mark_bar(color="#D55E00").encode(tooltip=["destination:N", "source:N"])
+    return alt.layer(shown, values).properties(width=260, height=alt.Step(STEP))
+
+
+def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """Mean attention between two roles in every head, linked to the single prompts of a head.
+
+    `table`: pair ("end → IO"), layer, head, prompt, order, attention.
+    """
+    means = table.groupby(["pair", "layer", "head"], as_index=False, sort=False).agg(
+        mean=("attention", "mean")
+    )
+    means = means.assign(name=head_names(means))
+    pairs = list(dict.fromkeys(table["pair"]))
+    top = means.loc[means.groupby("pair", sort=False)["mean"].idxmax()].set_index("pair")
+    pair = alt.param(
+        name="pair", value=pairs[0], bind=alt.binding_select(options=pairs, name="Pair of roles ")
+    )
+    head = _choice("name", list(dict.fromkeys(means["name"])), top["name"][pairs[0]], "Head ")
+    grid = _grid(means, head, "mean attention").transform_filter("datum.pair === pair")
+    strip = _strip(table, head)
+    found = "; ".join(f"{p}: {top['name'][p]} ({percent(top['mean'][p])})" for p in pairs)
+    title = f"The heads that look hardest, {found}"
+    description = (
+        "A grid of layers and heads, coloured by mean attention between two token roles, and below "
+        f"it the attention of the chosen head on each prompt, by order of the names. {title}."
+    )
+    chart = alt.vconcat(grid, strip, spacing=14).add_params(pair)
+    return finish(chart, title, description)
+
+
+def _strip(table: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
+    packed = (
+        table.assign(name=head_names(table), value=table["attention"].map(lambda a: f"{a:.3f}"))
+        .groupby(["pair", "name", "order"], as_index=False)["value"].agg(" ".join)
+    )  # fmt: skip
+    return (
+        alt.Chart(packed, width=300, height=alt.Step(46))
+        .transform_filter("datum.pair === pair")
+        .transform_filter(head)
+        .transform_calculate(value="split(datum.value, ' ')")
+        .transform_flatten(["value"])
+        .transform_window(n="row_number()", groupby=["order"])
+        .transform_calculate(attention="toNumber(datum.value)", jitter="(datum.n * 7) % 11")
+        .mark_point(opacity=0.7)
+        .encode(
+            alt.X("attention:Q").scale(domain=[0, 1]).axis(format="%")
+            .title("attention of the chosen head, one point a prompt"),
+            alt.Y("order:N").title("order of names"),
+            yOffset=alt.YOffset("jitter:Q"),
+            tooltip=["order:N", alt.Tooltip("attention:Q", format=".1%")],
+            color=alt.Color("order:N").legend(None),
+            shape=alt.Shape("order:N").legend(None),
+        )
+    )  # fmt: skip
