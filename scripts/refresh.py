@@ -29,6 +29,7 @@ def run(path: Path) -> None:
         timeout=1200,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # not its remarks about encryption
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     )
