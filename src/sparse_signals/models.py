@@ -35,7 +35,7 @@ HOOKS = {
     "mlp_out": "hook_mlp_out",
 }
 ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True)
