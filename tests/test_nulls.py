@@ -99,8 +99,8 @@ def test_gaussian_code_does_not_beat_its_rotations():
 
 
 def test_verdict_needs_an_interval_away_from_zero():
-    assert nulls.verdict(-2, -1) == "sparser" and nulls.verdict(1, 2) == "less sparse"
-    assert nulls.verdict(-1, 1) == "unclear"
+    assert nulls.verdict(-2.0, -1.0) == "sparser" and nulls.verdict(1.0, 2.0) == "less sparse"
+    assert nulls.verdict(-1.0, 1.0) == "unclear"
 
 
 def test_intervals_are_those_of_each_group(run):

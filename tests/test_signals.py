@@ -240,6 +240,17 @@ def test_captured_share_ends_at_the_whole_score(run):
 
 
 def test_auc_of_known_orders():
-    assert signals.auc([3.0, 2, 1, 0], [True, True, False, False]) == 1
-    assert signals.auc([0.0, 2, 1, 3], [True, True, False, False]) == 0.25
-    assert signals.auc([1.0, 1, 1], [True, False, False]) == 0.5
+    def auc(*values):
+        return signals.auc(np.array(values), np.arange(len(values)) < len(values) // 2)
+
+    assert auc(3, 2, 1, 0) == 1 and auc(0, 2, 1, 3) == 0.25 and auc(1, 1, 1) == 0.5
+
+
+def test_what_a_single_destination_hears_is_its_score(run):
+    attention, svd, pairs = run
+    one, every = pairs[5:6], torch.arange(svd.S.shape[-1])
+    loud = signals.heard(svd, attention, one, every)
+    assert loud[one.prompt, one.src].item() == pytest.approx(one.score.item())
+    half = signals.heard(svd, attention, one, every[:4])
+    slices = signals.coordinates(svd, attention, one).slices
+    assert half[one.prompt, one.src].item() == pytest.approx(slices[0, :4].sum().item())

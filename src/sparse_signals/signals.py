@@ -4,7 +4,6 @@ The score of a pair of tokens is a sum of r slices, a_ij = Σ_k p_k with
 p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array starts with the pair.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -223,6 +222,21 @@ def signal_norm(
     return keys[..., vectors].norm(dim=-1)
 
 
+def heard(
+    svd: HeadSVD, attention: Attention, pairs: Pairs, vectors: Int[Tensor, "chosen"]
+) -> Float[Tensor, "prompt pos"]:
+    """What the typical destination of some pairs of one head hears from every token.
+
+    Σ_{k∈S} d_k s_k with d the mean destination coordinates of the pairs and s the source
+    coordinates of the token: the part of its score, in softmax units, that comes by the signal.
+    """
+    layer, head = int(pairs.layer[0]), int(pairs.head[0])
+    dest = coordinates(svd, attention, pairs).dest.mean(0)
+    root = (svd.S / svd.scale[:, None, None])[layer, head].sqrt()
+    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
+    return (keys * root.to(keys.device))[..., vectors] @ dest[vectors]
+
+
 def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
     """One row per slice of every pair, largest first: n (pair), k, p, rank, running total, chosen.
 
@@ -259,7 +273,7 @@ def captured_share(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
     return pd.DataFrame({"n": count, "share": middle, "low": low, "high": high})
 
 
-def auc(values: Sequence[float], positive: Sequence[bool]) -> float:
+def auc(values: np.ndarray | pd.Series, positive: np.ndarray | pd.Series) -> float:
     """Chance that a random positive has a larger value than a random negative, ties half."""
     positive = np.asarray(positive, dtype=bool)
     rank = pd.Series(np.asarray(values)).rank().to_numpy()

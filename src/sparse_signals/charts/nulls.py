@@ -25,13 +25,13 @@ def measure_intervals(table: pd.DataFrame) -> alt.TopLevelMixin:
     rows, kinds = list(dict.fromkeys(table["basis"])), list(dict.fromkeys(table["pairs"]))
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.Y("basis:N").title(None).sort(rows), alt.YOffset("pairs:N").sort(kinds),
-        alt.Color("pairs:N").title("pairs").sort(kinds),
+        alt.Color("pairs:N").title("pairs").scale(domain=kinds),
     )  # fmt: skip
     tooltip = ["basis:N", "pairs:N", *(alt.Tooltip(f"{c}:Q", format=".2f")
                                        for c in ("value", "low", "high"))]  # fmt: skip
     points = base.mark_point(filled=True, size=80).encode(
         alt.X("value:Q").title("slices (mean over pairs, 95 % interval)").scale(zero=True),
-        alt.Shape("pairs:N").title("pairs").sort(kinds), tooltip=tooltip,
+        alt.Shape("pairs:N").title("pairs").scale(domain=kinds), tooltip=tooltip,
     )  # fmt: skip
     chart = (base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q") + points).add_params(pick)
     first = table[table["measure"] == options[0]].set_index(["pairs", "basis"])["value"]
@@ -54,7 +54,10 @@ def head_differences(table: pd.DataFrame, most: int = 40) -> alt.TopLevelMixin:
     verdict = verdict.mask(table["high"] < 0, "SVD sparser").mask(table["low"] > 0, "null sparser")
     table = table.assign(verdict=verdict)
     shown = table[table["name"].isin(busiest)]
-    nulls, names = list(dict.fromkeys(table["null"])), list(dict.fromkeys(table["measure"]))
+    nulls, names = (
+        list(dict.fromkeys(table["null"])),
+        [x for x in MEASURES if x in set(table["measure"])],
+    )
     labels = [MEASURES[name] for name in names]
     picks = [
         alt.param(name="against", value=nulls[0],
@@ -94,13 +97,13 @@ def captured(table: pd.DataFrame) -> alt.TopLevelMixin:
     names = list(dict.fromkeys(table["basis"]))
     base = alt.Chart(table).encode(
         alt.X("n:Q").title("number of slices, largest |p| first"),
-        alt.Color("basis:N").title("basis").sort(names),
+        alt.Color("basis:N").title("basis").scale(domain=names),
     )
     band = base.mark_area(opacity=0.2).encode(
         alt.Y("low:Q").title("share of the score (median, middle half)"), alt.Y2("high:Q")
     )
     line = base.mark_line().encode(
-        y="share:Q", strokeDash=alt.StrokeDash("basis:N").title("basis").sort(names),
+        y="share:Q", strokeDash=alt.StrokeDash("basis:N").title("basis").scale(domain=names),
         tooltip=["basis:N", "n:Q", alt.Tooltip("share:Q", format=".2f")],
     )  # fmt: skip
     reach = table[table["share"] >= 0.9].groupby("basis")["n"].min()

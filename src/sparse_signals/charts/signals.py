@@ -6,7 +6,9 @@ import pandas as pd
 from sparse_signals.charts.base import WIDTH, finish
 
 IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
-HATCH = alt.Opacity("chosen:N").scale(domain=["in the support", "left out"], range=[1, 0.45])
+KINDS = ["a name", "another word"]
+SEPARATOR = "¦"  # no token holds it
+HATCH = alt.Opacity("chosen:O").scale(domain=["in the support", "left out"], range=[1, 0.45])
 
 
 def slice_bars(table: pd.DataFrame) -> alt.TopLevelMixin:
@@ -39,15 +41,16 @@ def slice_bars(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-def score_explorer(table: pd.DataFrame) -> alt.TopLevelMixin:
+def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     """Pick prompt, head and destination: attention over the sources, and slices of the strongest.
 
     Columns: prompt, name (head), dest, src (strongest source, the first token apart), and lists:
-    labels and weights (per token), slices and chosen (per singular pair).
+    labels and weights (per token), slices and chosen (per singular pair). It opens on `head` at
+    the last token of the first prompt.
     """
     table = table.assign(chosen=[_in_words(row) for row in table["chosen"]])
     lists = ("labels", "weights", "slices", "chosen")
-    packed = {name: ["|".join(map(_short, row)) for row in table[name]] for name in lists}
+    packed = {name: [SEPARATOR.join(map(_short, row)) for row in table[name]] for name in lists}
     table = table[["prompt", "name", "dest", "src"]].assign(
         **packed
     )  # strings: a tenth of the size
@@ -58,7 +61,8 @@ def score_explorer(table: pd.DataFrame) -> alt.TopLevelMixin:
         "name": alt.binding_select(options=heads, name="head "),
         "dest": alt.binding_range(min=1, max=last, step=1, name="destination position "),
     }
-    start = table.iloc[0]
+    start = table[table["name"] == head].sort_values(["prompt", "dest"], ascending=[True, False])
+    start = start.iloc[0]
     picks = [
         alt.param(name=f"pick_{field}", value=_plain(start[field]), bind=bind[field])
         for field in bind
@@ -96,8 +100,8 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
     table = table.rename(columns={"support": "size"})
     table = table.groupby(["name", "pairs", "size"]).size().rename("count").reset_index()
     heads, cell = list(dict.fromkeys(table["name"])), alt.X("size:Q").title("size of the support")
-    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click",
-                               bind=alt.binding_select(options=heads, name="head "))  # fmt: skip
+    menu = {"name": alt.binding_select(options=heads, name="head ")}
+    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
     means = table.assign(total=table["size"] * table["count"]).groupby(
         ["name", "pairs"], sort=False
     )
@@ -132,8 +136,8 @@ def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:
     Columns: name, k, pairs ("firing", "silent"), share (of pairs whose support has k).
     """
     heads = list(dict.fromkeys(table["name"]))
-    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click",
-                               bind=alt.binding_select(options=heads, name="head "))  # fmt: skip
+    menu = {"name": alt.binding_select(options=heads, name="head ")}
+    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
     grid = alt.Chart(table).transform_filter("datum.pairs == 'firing'").mark_rect().encode(
         alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
         alt.Y("name:N").title("head").sort(heads),
@@ -158,7 +162,7 @@ def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelMixin:
-    """Length of the signal on each kind of token. Columns: token, name (bool), strength."""
+    """How much signal each kind of token carries. Columns: token, name (bool), strength."""
     groups = table.groupby([table["token"].str.strip(), "name"])["strength"]
     table = groups.agg(["mean", "size"]).reset_index()
     table["low"], table["high"] = groups.quantile(0.1).to_numpy(), groups.quantile(0.9).to_numpy()
@@ -166,19 +170,22 @@ def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelM
     table = pd.concat([part.nlargest(18, "size") for _, part in table.groupby("kind")])
     order = table.sort_values("mean", ascending=False)["token"].tolist()
     base = alt.Chart(table).encode(
-        alt.Y("token:N").title(None).sort(order), alt.Color("kind:N").title("token is")
+        alt.Y("token:N").title(None).sort(order),
+        alt.Color("kind:N").title("token is").scale(domain=KINDS),
     )
     points = base.mark_point(filled=True, size=60).encode(
-        alt.X("mean:Q").title("length of the signal ‖P_V x̃‖ (mean, middle 80 %)").scale(zero=True),
-        alt.Shape("kind:N").title("token is"),
+        alt.X("mean:Q").title(
+            "what the typical destination hears, in softmax units (mean, middle 80 %)"
+        ),
+        alt.Shape("kind:N").title("token is").scale(domain=KINDS),
         tooltip=["token:N", "kind:N", alt.Tooltip("mean:Q", format=".2f")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     return finish(
         (rules + points).properties(width=WIDTH - 120, height=alt.Step(15)),
-        f"The signal tells names from other tokens with AUC {auc:.2f}; as many random vectors of "
-        f"the same head: {chance}",
-        "Dot plot: for each kind of token, how long its projection on the head's signal is; names "
+        f"The signal tells names from other tokens with AUC {auc:.2f}; as many random "
+        f"singular pairs of the same head: {chance}",
+        "Dot plot: for each kind of token, how much of the head's signal it carries; names "
         "are marked by colour and shape.",
     )
 
@@ -196,10 +203,11 @@ def _plain(value):
 
 
 def _flatten(chart: alt.Chart, labels: str, values: str) -> alt.Chart:
-    """One row per entry of two |-separated strings: label, value, and its position pos."""
+    """One row per entry of two packed strings: label, value, and its position pos."""
     return (
         chart.transform_calculate(
-            label=f"split(datum.{labels}, '|')", text=f"split(datum.{values}, '|')"
+            label=f"split(datum.{labels}, '{SEPARATOR}')",
+            text=f"split(datum.{values}, '{SEPARATOR}')",
         )
         .transform_flatten(["label", "text"])
         .transform_calculate(value="toNumber(datum.text)")
@@ -211,5 +219,7 @@ def _flatten(chart: alt.Chart, labels: str, values: str) -> alt.Chart:
 def _token_axis(table: pd.DataFrame) -> str:
     """Axis label of a position: the token there in the chosen prompt."""
     rows = table.drop_duplicates("prompt")
-    cases = ", ".join(f"'{row.prompt}': split({row.labels!r}, '|')" for row in rows.itertuples())
+    cases = ", ".join(
+        f"'{row.prompt}': split({row.labels!r}, '{SEPARATOR}')" for row in rows.itertuples()
+    )
     return f"({{{cases}}})[pick_prompt][datum.value]"
