@@ -38,8 +38,9 @@ def build(source: Path) -> None:
     """Build the site of `source` aside, then put it in place of the old one."""
     aside, old = BUILD / "new", BUILD / "old"
     shutil.rmtree(aside, ignore_errors=True)
-    command = ["jupyter-book", "build", source, "--path-output", aside, "-W", "-n", "--keep-going"]
-    subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], check=True)
+    program = Path(sys.executable).with_name("jupyter-book")
+    command = [program, "build", source, "--path-output", aside, "-W", "-n", "--keep-going"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # warnings go to stderr
     shutil.rmtree(old, ignore_errors=True)
     if SITE.exists():
         SITE.rename(old)
@@ -51,6 +52,7 @@ def build(source: Path) -> None:
 def main() -> int:
     """Build, and say where the site is or that nothing was changed."""
     model = os.environ.get("MODEL") or DEFAULT_MODEL
+    print(f"Building the book on {model} ...", flush=True)
     try:
         build(ROOT if model == DEFAULT_MODEL else prepare_edition(model))
     except (subprocess.CalledProcessError, KeyboardInterrupt):
