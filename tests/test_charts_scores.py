@@ -9,7 +9,7 @@ from sparse_signals.charts.scores import log_odds, pair_share, score_parts, soft
 
 def text(chart) -> str:
     """The title of a chart in one line."""
-    return " ".join(chart.to_dict()["title"]["text"])
+    return " ".join(chart.to_dict()["title"]["text"]).replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(("scores", "found"), [
@@ -27,8 +27,7 @@ def test_softmax_bars_name_the_favourite(scores, found):
 def points(factor: float) -> pd.DataFrame:
     difference = np.linspace(-3, 3, 7)
     return pd.DataFrame({
-        "name": "0.0", "dest": "to", "one": "a", "two": "b",
-        "difference": difference, "odds": np.exp(factor * difference),
+        "layer": 0, "head": 1, "difference": difference, "odds": np.exp(factor * difference),
     })  # fmt: skip
 
 

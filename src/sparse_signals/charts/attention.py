@@ -6,6 +6,9 @@ import pandas as pd
 from sparse_signals.charts.base import finish, rounded
 
 ROLES = ("IO", "S1", "S2", "third", "end")
+BLUE = "#0072B2"
+CELL = {"width": {"band": 1}, "height": {"band": 1}, "stroke": "currentColor"}
+SHADE = alt.Scale(domain=[0, 1], range=[0.04, 1])  # opacity: low is faint on any background
 STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
 
 
@@ -30,48 +33,63 @@ def token_labels(roles: pd.DataFrame) -> pd.DataFrame:
 
 def percent(share: float) -> str:
     """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
-    return f"{100 * share:.0f} %" if share >= 0.0095 else f"{100 * share:.1f} %"
+    number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"
+    return f"{number}\u00a0%"  # a line never breaks there
 
 
-def attention_explorer(attention: pd.DataFrame, roles: pd.DataFrame) -> alt.TopLevelMixin:
+def attention_explorer(
+    attention: pd.DataFrame, roles: pd.DataFrame, start: str
+) -> alt.TopLevelMixin:
     """Every head on a few prompts: choose a head, a prompt and a destination token.
 
-    `attention`: prompt, layer, head, dest, src, attention (all pairs).
-    `roles`: the table of `prompts.role_table` for the same prompts.
+    `attention`: prompt, layer, head, dest, src, attention (all pairs). `roles`: the table of
+    `prompts.role_table` for the same prompts. `start`: the head shown first, like "2.3".
     """
-    labels = token_labels(roles)
-    texts = labels.groupby("prompt", as_index=False).agg(
-        labels=("label", "\t".join), last=("pos", "max")
-    )
-    last = attention["prompt"].map(texts.set_index("prompt")["last"])
-    attention = attention[attention["src"].le(attention["dest"]) & attention["dest"].le(last)]
+    texts, attention = _visible(attention, roles)
     heads = _looks_at(attention, roles, "end", "IO")
-    best = heads.loc[heads["mean"].idxmax()]
-    head = _choice("name", list(heads["name"]), best["name"], "Head ")
-    prompt = alt.param(
-        name="prompt", value=int(texts["prompt"].iloc[0]),
-        bind=alt.binding_select(options=[int(p) for p in texts["prompt"]], name="Prompt "),
-    )  # fmt: skip
-    longest = int(labels["pos"].max())
-    slider = alt.binding_range(min=0, max=longest, step=1, name="Destination: tokens from the end ")
-    back = alt.selection_point(
-        name="back", fields=["back"], bind=slider, value=[{"back": 0}], on="click", empty=False
+    head = _choice("name", list(heads["name"]), start, "Head ")
+    answers = roles[roles["role"] == "IO"].sort_values("prompt")["token"].str.strip()
+    prompts = [int(p) for p in texts["prompt"]]
+    words = [f"{p}: {word}" for p, word in zip(prompts, answers, strict=True)]
+    menu = alt.binding_select(options=prompts, labels=words, name="Prompt ")
+    prompt = alt.param(name="prompt", value=prompts[0], bind=menu)
+    far = alt.binding_range(
+        min=0, max=int(texts["last"].max()), step=1, name="Destination: tokens from the end "
     )
+    back = alt.selection_point(
+        name="back",
+        fields=["back"],
+        bind=far,
+        value=[{"back": 0}],
+        on="rect:click",
+        empty=False,
+        clear=False,
+    )
+    grid = _grid(heads, head, "mean attention from end to IO")
     unpacked = _unpack(_packed(attention), texts, head)
-    chart = alt.vconcat(
-        _grid(heads, head, "mean attention from end to IO"),
-        _matrix(unpacked, back), _row(unpacked, back), spacing=14,
-    ).resolve_scale(color="independent")  # fmt: skip
+    chart = alt.vconcat(grid, _matrix(unpacked, back), _row(unpacked, back), spacing=14)
+    chart = chart.resolve_scale(fillOpacity="independent").add_params(prompt)
+    share = percent(heads.set_index("name")["mean"][start])
     title = (
-        f"From the last word, head {best['name']} looks most at the indirect object: "
-        f"{percent(best['mean'])} of its attention, on average over these prompts"
+        f"From the last word, head {start} gives the indirect object {share} of its attention, "
+        "on average over these prompts"
     )
     description = (
         f"Three linked views of {len(heads)} heads on {len(texts)} prompts: a grid of layers and "
         "heads, the attention matrix of the chosen head, and the attention from the chosen "
         f"destination over the tokens of the prompt. {title}."
     )
-    return finish(chart.add_params(prompt), title, description)
+    return finish(chart, title, description)
+
+
+def _visible(attention: pd.DataFrame, roles: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The labels of each prompt in one string, and the pairs without padding and future tokens."""
+    texts = token_labels(roles).groupby("prompt", as_index=False).agg(
+        labels=("label", "\t".join), last=("pos", "max")
+    )  # fmt: skip
+    last = attention["prompt"].map(texts.set_index("prompt")["last"])
+    real = attention["src"].le(attention["dest"]) & attention["dest"].le(last)
+    return texts, attention[real]
 
 
 def _looks_at(attention: pd.DataFrame, roles: pd.DataFrame, dest: str, src: str) -> pd.DataFrame:
@@ -93,32 +111,30 @@ def _packed(attention: pd.DataFrame) -> pd.DataFrame:
 def _choice(field: str, options: list, value: object, label: str) -> alt.Parameter:
     """A selection of one value, by a click on a mark or by a list that the keyboard reaches."""
     return alt.selection_point(
-        name=f"chosen_{field}", fields=[field], value=[{field: value}], on="click", empty=False,
-        bind={field: alt.binding_select(options=options, name=label)},
+        name=f"chosen_{field}", fields=[field], value=[{field: value}], on="rect:click",
+        empty=False, clear=False, bind={field: alt.binding_select(options=options, name=label)},
     )  # fmt: skip
 
 
 def _grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> alt.LayerChart:
     """Layers by heads: colour and size of a dot say the same, a frame marks the chosen head."""
     many = heads["layer"].nunique() > 12
-    base = alt.Chart(rounded(heads)).encode(
-        alt.X("head:O").title("head").axis(labelAngle=0),
-        alt.Y("layer:O").title("layer"),
+    table = heads.assign(size=heads["mean"], back=0)  # another head: back to the last token
+    base = alt.Chart(rounded(table), width=alt.Step(26), height=alt.Step(13 if many else 24))
+    base = base.encode(
+        alt.X("head:O").title("head").axis(labelAngle=0).scale(padding=0),
+        alt.Y("layer:O").title("layer").scale(padding=0),
         tooltip=["name:N", alt.Tooltip("mean:Q", format=".1%", title=legend)],
     )
-    legend = alt.Legend(format="%", orient="right", tickCount=4, titleLimit=110)
-    frame = base.mark_rect(fill="transparent", stroke="currentColor").encode(
+    area = alt.Scale(domain=[0, 1], range=[0, 120 if many else 320])
+    dots = base.mark_circle(opacity=1, color=BLUE).encode(
+        alt.Size("size:Q").scale(area).legend(None),
+        alt.FillOpacity("mean:Q").scale(SHADE).title("attention").legend(format="%", tickCount=4),
+    )
+    frame = base.mark_rect(**CELL, fill="transparent").encode(
         strokeWidth=alt.condition(head, alt.value(2), alt.value(0.2))
     )
-    dots = base.mark_circle(opacity=1).encode(
-        alt.Size("mean:Q")
-        .scale(domain=[0, 1], range=[0, 120 if many else 320])
-        .title("attention")
-        .legend(legend),
-        alt.Color("mean:Q").scale(domain=[0, 1]).title("attention").legend(legend),
-    )
-    step = alt.Step(13 if many else 24)
-    return alt.layer(dots, frame.add_params(head)).properties(width=alt.Step(26), height=step)
+    return alt.layer(dots, frame.add_params(head))
 
 
 def _unpack(packed: pd.DataFrame, texts: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
@@ -142,12 +158,12 @@ def _matrix(unpacked: alt.Chart, back: alt.Parameter) -> alt.Chart:
     order = alt.EncodingSortField("j", op="min")
     rows = alt.EncodingSortField("i", op="min")
     return (
-        unpacked.mark_rect(stroke="currentColor")
+        unpacked.mark_rect(**CELL, color=BLUE)
         .encode(
             alt.X("source:N").sort(order).title("source").axis(labelAngle=-60),
             alt.Y("destination:N").sort(rows).title("destination"),
-            alt.Color("attention:Q").scale(domain=[0, 1]).legend(None),
-            strokeWidth=alt.condition(back, alt.value(1.2), alt.value(0)),
+            alt.FillOpacity("attention:Q").scale(SHADE).legend(None),
+            strokeWidth=alt.condition(back, alt.value(1), alt.value(0)),
             tooltip=["destination:N", "source:N", alt.Tooltip("attention:Q", format=".1%")],
         )
         .properties(width=alt.Step(STEP), height=alt.Step(STEP))

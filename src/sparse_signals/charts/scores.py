@@ -53,7 +53,7 @@ def softmax_bars(row: pd.DataFrame, head: str) -> alt.TopLevelMixin:
 def log_odds(points: pd.DataFrame) -> alt.TopLevelMixin:
     """Odds of attention between two sources of one row against the difference of their scores.
 
-    `points`: name, dest, one, two (labels), difference (a_ij − a_ij'), odds (A_ij / A_ij').
+    `points`: layer, head, difference (a_ij − a_ij'), odds (A_ij / A_ij').
     """
     off = np.abs(np.log(points["odds"]) - points["difference"]).max()
     where = "on the line" if off < 1e-3 else f"within {off:.2g} of the line"
@@ -66,7 +66,8 @@ def log_odds(points: pd.DataFrame) -> alt.TopLevelMixin:
     x = alt.X("difference:Q").title("difference of two scores, a(i,j) − a(i,j′)")
     y = alt.Y("odds:Q").scale(type="log").title("odds of attention, A(i,j) / A(i,j′)")
     y = y.axis(format="~g", tickCount=7)
-    tips = ["name:N", "dest:N", "one:N", "two:N", alt.Tooltip("difference:Q", format=".2f")]
+    tips = ["name:N", *(alt.Tooltip(n, format=".3g") for n in ("difference:Q", "odds:Q"))]
+    points = points.assign(name=head_names(points))[["name", "difference", "odds"]]
     dots = alt.Chart(rounded(points)).mark_point(size=28, opacity=0.7, color="#0072B2")
     rule = alt.Chart(rounded(line)).mark_line(strokeDash=[5, 4], color="#D55E00")
     layers = alt.layer(rule.encode(x, y), dots.encode(x, y, tooltip=tips))
@@ -133,16 +134,16 @@ def pair_share(table: pd.DataFrame) -> alt.TopLevelMixin:
     shown = alt.selection_point(name="kinds", fields=["kind"], bind="legend")
     base = _by_layer(alt.Chart(rounded(table), width=380, height=280), table)
     legend = alt.Legend(orient="bottom", columns=1)
-    colour = alt.Color("kind:N").sort(kinds).title(None).legend(legend)
+    colour = alt.Color("kind:N").scale(domain=kinds).title(None)
     faded = alt.condition(shown, alt.value(1), alt.value(0.08))
     rule = base.mark_rule(strokeWidth=1.5).encode(
         alt.Y("low:Q").title("share of the variation within a row").axis(format="%"),
-        alt.Y2("high:Q"), color=colour, opacity=faded,
+        alt.Y2("high:Q"), color=colour.legend(None), opacity=faded,
     )  # fmt: skip
     dots = base.mark_point(filled=True, size=36).encode(
         alt.Y("share:Q"),
-        color=colour,
-        shape=alt.Shape("kind:N").sort(kinds).title(None).legend(legend),
+        color=colour.legend(legend),
+        shape=alt.Shape("kind:N").scale(domain=kinds).title(None).legend(legend),
         opacity=faded,
         tooltip=["name:N", "kind:N", *(alt.Tooltip(f"{n}:Q", format=".1%") for n in
                                       ("share", "low", "high"))],
@@ -161,7 +162,10 @@ def pair_share(table: pd.DataFrame) -> alt.TopLevelMixin:
         "Dots with 95 % intervals for every head, layer by layer: the share of the variation of "
         f"scores within a softmax row that no additive score explains. {title}."
     )
-    return finish(alt.layer(rule, dots.add_params(shown)), title, description)
+    chart = alt.layer(rule, dots.add_params(shown)).resolve_scale(
+        color="independent", shape="independent"
+    )
+    return finish(chart, title, description)
 
 
 def _by_layer(chart: alt.Chart, table: pd.DataFrame) -> alt.Chart:
