@@ -1,0 +1,287 @@
+"""Charts of chapter 2: scores of low rank, what singular vectors listen to, how far they turn."""
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from sparse_signals.book import fmt
+from sparse_signals.charts.base import (
+    colour_and_dash,
+    colour_and_shape,
+    diverging,
+    finish,
+    round_significant,
+    rounded,
+)
+
+SIDES = {"u": "destination, x̃·u", "v": "source, x̃·v"}
+SHOWN = 6  # tokens at each end of a direction
+STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
+
+
+def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
+    """A small form and the rank-one pieces it is the sum of. `parts`: part, row, column, value."""
+    names = list(dict.fromkeys(parts["part"]))
+    whole = parts.loc[parts["part"] == names[0], "value"]
+    size = parts.groupby("part", sort=False)["value"].agg(lambda x: float(np.square(x).sum()))
+    share = size.iloc[1] / np.square(whole).sum()
+    panels = (
+        alt.Chart(rounded(parts, 3), width=130, height=130)
+        .mark_rect()
+        .encode(
+            alt.X("column:O").title("source coordinate").axis(labels=False, ticks=False),
+            alt.Y("row:O").title("destination coordinate").axis(labels=False, ticks=False),
+            alt.Color("value:Q").scale(diverging(parts["value"])).title("entry"),
+            alt.Facet("part:N").sort(names).columns(2).title(None),
+            tooltip=["part:N", "row:O", "column:O", alt.Tooltip("value:Q", format=".2f")],
+        )
+    )
+    title = (
+        f"A form of rank {len(names) - 1} is a sum of {len(names) - 1} outer products; "
+        f"the first holds {share:.0%} of its squared size"
+    )
+    description = (
+        f"{len(names)} heat maps of the same toy matrix: the whole, then each σuvᵀ of its singular "
+        f"value decomposition, whose rows are all multiples of one row. {title}."
+    )
+    return finish(panels, title, description)
+
+
+def packed(table: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
+    """One row per group, its numbers in one string a column: a tenth of the size in the page."""
+    text = {c: table[c].map(lambda x: f"{round_significant(float(x)):.3g}") for c in columns}
+    return table.assign(**text).groupby(by, as_index=False, sort=False)[columns].agg(" ".join)
+
+
+def unpacked(table: pd.DataFrame, columns: list[str]) -> alt.Chart:
+    chart = alt.Chart(table).transform_calculate(**{c: f"split(datum.{c}, ' ')" for c in columns})
+    numbers = {c: f"toNumber(datum.{c})" for c in columns}
+    chart = chart.transform_flatten(columns).transform_calculate(**numbers)
+    keys = [name for name in table if name not in columns]
+    return chart.transform_window(k="row_number()", groupby=keys)
+
+
+# --- low rank ------------------------------------------------------------------------------------
+
+
+def partial_sums(partial: pd.DataFrame, words: list[str], head: str) -> alt.TopLevelMixin:
+    """The scores of one prompt from the first K singular pairs, with a slider, and their error.
+
+    `partial`: dest, src, K, score. `words`: the tokens of the prompt.
+    """
+    rank = int(partial["K"].max())
+    full = partial[partial["K"] == rank].set_index(["dest", "src"])["score"]
+    wide = partial.pivot(index=["dest", "src"], columns="K", values="score")
+    off = np.sqrt(wide.sub(full, axis=0).pow(2).sum() / full.pow(2).sum())
+    enough = int(off.index[off <= 0.1][0])
+    slider = alt.binding_range(min=1, max=rank, step=1, name="K ")
+    k = alt.param(name="K", value=enough, bind=slider)
+    title = (
+        f"Head {head}: the first {enough} of {rank} singular pairs give the scores of this "
+        f"prompt to within {fmt(100 * off[enough], 2)} %; "
+        f"the first alone is off by {fmt(100 * off[1], 2)} %"
+    )
+    description = (
+        "Heat map of attention scores, destination by source, rebuilt from the first K singular "
+        f"pairs; below it the relative error for each K. {title}."
+    )
+    matrix = _rebuilt(partial, words)
+    chart = alt.vconcat(matrix, _error(off), spacing=14).add_params(k)
+    return finish(chart.resolve_scale(color="independent"), title, description)
+
+
+def _rebuilt(partial: pd.DataFrame, words: list[str]) -> alt.Chart:
+    labels = pd.Series([f"{n} {word.strip().replace('|', '¦')}" for n, word in enumerate(words)])
+    table = packed(partial, ["dest", "src"], ["score"])
+    table = table.assign(dest=table["dest"].map(labels), src=table["src"].map(labels))
+    scale = diverging(partial["score"])
+    return (
+        alt.Chart(table, width=alt.Step(STEP), height=alt.Step(STEP))
+        .transform_calculate(a="toNumber(split(datum.score, ' ')[K - 1])")
+        .mark_rect()
+        .encode(
+            alt.X("src:N").sort(list(labels)).title("source").axis(labelAngle=-60),
+            alt.Y("dest:N").sort(list(labels)).title("destination"),
+            alt.Color("a:Q").scale(scale).title("score").legend(gradientLength=130),
+            tooltip=["dest:N", "src:N", alt.Tooltip("a:Q", format=".2f", title="score")],
+        )
+    )
+
+
+def _error(off: pd.Series) -> alt.LayerChart:
+    table = pd.DataFrame({"K": off.index, "error": off.to_numpy()})
+    x = (
+        alt.X("K:Q")
+        .title("K, singular pairs kept")
+        .scale(domain=[1, int(off.index[-1])], nice=False)
+    )
+    y = alt.Y("error:Q").title("relative error").axis(format="%")
+    base = alt.Chart(rounded(table, 3), width=330, height=120).encode(
+        x, y, tooltip=["K:Q", alt.Tooltip("error:Q", format=".1%")]
+    )
+    line = base.mark_line(color="#0072B2")
+    here = base.transform_filter("datum.K == K")
+    dot = here.mark_point(filled=True, size=90, color="#D55E00", shape="diamond", opacity=1)
+    text = here.mark_text(dx=8, dy=-10, align="left").encode(text=alt.Text("error:Q", format=".1%"))
+    return alt.layer(line, dot, text)
+
+
+def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevelMixin:
+    """How often K directions find the right source: singular vectors against random directions.
+
+    `shares`: name, basis, K, value, low, high. `needed`: basis, value, low, high, all heads.
+    `of`: how many directions there are.
+    """
+    names = list(dict.fromkeys(shares["name"]))
+    head = alt.param(
+        name="shown", value=names[0], bind=alt.binding_select(options=names, name="Heads ")
+    )
+    count = needed.set_index("basis")
+    bases = list(count.index)
+    found = " against ".join(
+        f"{fmt(count['value'][b])} {b} ({fmt(count['low'][b], 2)}–{fmt(count['high'][b], 2)})"
+        for b in bases
+    )
+    title = f"To find the right source at 95 % of destinations takes {found}, of {of}, all heads"
+    values = ["K", "value", "low", "high"]
+    base = (
+        unpacked(packed(shares, ["name", "basis"], values), values)
+        .transform_filter("datum.name === shown")
+        .encode(
+            alt.X("K:Q").title("K, directions kept").scale(domain=[1, of], nice=False),
+            tooltip=["name:N", "basis:N", "K:Q",
+                     *(alt.Tooltip(f"{v}:Q", format=".1%") for v in values[1:])],
+        )
+    )  # fmt: skip
+    y = alt.Y("value:Q").title("right source found").axis(format="%").scale(domain=[0, 1])
+    fill = alt.Fill("basis:N").sort(bases).legend(None)
+    styles = colour_and_dash("basis:N", "kept")
+    styles = {key: channel.sort(bases).legend(orient="bottom") for key, channel in styles.items()}
+    band = base.mark_area(opacity=0.3).encode(alt.Y("low:Q"), alt.Y2("high:Q"), fill)
+    line = base.mark_line(point=True).encode(y, **styles)
+    goal = alt.Chart(pd.DataFrame({"value": [0.95]})).mark_rule(strokeDash=[2, 3]).encode(y)
+    chart = alt.layer(band, line, goal).properties(width=340, height=250).add_params(head)
+    description = (
+        "Line chart with 95 % bands: the share of destinations whose most attended source is still "
+        f"the right one when K directions are kept, for two ways of choosing them. {title}."
+    )
+    return finish(chart, title, description)
+
+
+# --- vectors -------------------------------------------------------------------------------------
+
+
+def stability(turns: pd.DataFrame, closest: int = 10, most: int = 200) -> alt.TopLevelMixin:
+    """How far vectors and planes turn when weights change a little, against the gap of their σ.
+
+    `turns`: size (of the change), name, k, gap, vector, plane (degrees).
+    """
+    sizes = sorted(turns["size"].unique())
+    names = {size: f"one in {fmt(round(1 / size))}" for size in sizes}
+    middle = sizes[len(sizes) // 2]
+    near = turns[turns["size"] == middle].nsmallest(closest, "gap")
+    vector, plane = near[["vector", "plane"]].median()
+    title = (
+        f"A relative change of {names[middle]} in the weights turns the vectors of the {closest} "
+        f"closest neighbours by {fmt(vector, 2)}° (median), their planes by {fmt(plane, 2)}°"
+    )
+    size = alt.param(
+        name="size", value=names[middle],
+        bind=alt.binding_select(options=list(names.values()), name="Relative change "),
+    )  # fmt: skip
+    long = turns.melt(["size", "name", "k", "gap"], ["vector", "plane"], "object", "angle")
+    long = long.assign(size=long["size"].map(names))
+    chart = alt.layer(_turned(_thinned(long, most)), _medians(long)).add_params(size)
+    description = (
+        "Scatter chart, both axes logarithmic: for neighbouring singular values of all heads, the "
+        "relative gap, and how far the singular vector and the plane of the two vectors turn when "
+        f"the weights change a little. {title}."
+    )
+    return finish(chart.properties(width=360, height=270), title, description)
+
+
+def _thinned(long: pd.DataFrame, most: int) -> pd.DataFrame:
+    place = long.groupby(["size", "object"])["gap"].rank(method="first")
+    return long[(place <= 20) | (place % max(1, place.max() // most) < 1)]
+
+
+def _turned(points: pd.DataFrame) -> alt.Chart:
+    return (
+        alt.Chart(rounded(points, 3))
+        .transform_filter("datum.size === size")
+        .mark_point(size=20, opacity=0.35)
+        .encode(
+            *_gap_and_angle(),
+            tooltip=["name:N", "k:Q", "gap:Q", "object:N", "angle:Q"],
+            **colour_and_shape("object:N", "points"),
+        )
+    )
+
+
+def _medians(long: pd.DataFrame, bins: int = 8) -> alt.Chart:
+    cut = long.groupby(["size", "object"])["gap"].rank(pct=True).mul(bins).apply(np.ceil)
+    groups = long.assign(cut=cut).groupby(["size", "object", "cut"], as_index=False)
+    lines = groups[["gap", "angle"]].median().drop(columns="cut")
+    return (
+        alt.Chart(rounded(lines, 3))
+        .transform_filter("datum.size === size")
+        .mark_line(strokeWidth=3)
+        .encode(*_gap_and_angle(), **colour_and_dash("object:N", "median"))
+    )
+
+
+def _gap_and_angle() -> tuple[alt.X, alt.Y]:
+    log = alt.Scale(type="log")
+    gap = alt.X("gap:Q").scale(log).title("relative gap between σ and the next σ")
+    angle = alt.Y("angle:Q").scale(log).title("turned by (degrees)")
+    return gap.axis(format="~g", tickCount=4), angle.axis(format="~g", tickCount=5)
+
+
+def listeners(groups: pd.DataFrame, head: str, first: int) -> alt.TopLevelMixin:
+    """The tokens a singular pair answers to most and least, on both sides; choose the pair.
+
+    `groups`: side ("u" or "v"), k, label, value (mean coordinate), count. `first`: the pair shown
+    at first.
+    """
+    ranked = groups.sort_values(
+        ["side", "k", "value", "label"], ascending=[True, True, False, True]
+    )
+    keys = ranked.groupby(["side", "k"])
+    rank, size = keys.cumcount(), keys["k"].transform("size")
+    kept = ranked[(rank < SHOWN) | (rank >= size - SHOWN)]
+    top = (
+        kept[kept["k"] == first]
+        .groupby("side")
+        .agg(most=("label", "first"), least=("label", "last"))
+    )
+    title = (
+        f"Pair {first} of head {head}: u points towards “{top['most']['u']}” and away from "
+        f"“{top['least']['u']}”, v towards “{top['most']['v']}” and away from “{top['least']['v']}”"
+    )
+    k = alt.param(
+        name="pair", value=first,
+        bind=alt.binding_select(options=[int(n) for n in sorted(kept["k"].unique())], name="Pair "),
+    )  # fmt: skip
+    sides = [_bars(kept[kept["side"] == side], text) for side, text in SIDES.items()]
+    description = (
+        f"Two bar charts for the chosen singular pair of head {head}: the tokens with the largest "
+        f"and smallest mean coordinate, as destination and as source. {title}."
+    )
+    chart = alt.vconcat(*sides, spacing=12).resolve_scale(color="independent").add_params(k)
+    return finish(chart, title, description)
+
+
+def _bars(side: pd.DataFrame, title: str) -> alt.Chart:
+    limit = float(side["value"].abs().max())
+    return (
+        alt.Chart(rounded(side[["k", "label", "value", "count"]], 3))
+        .transform_filter("datum.k == pair")
+        .mark_bar()
+        .encode(
+            alt.X("value:Q").scale(domain=[-limit, limit]).title(f"mean coordinate, {title}"),
+            alt.Y("label:N").sort(alt.EncodingSortField("value", order="descending")).title(None),
+            alt.Color("value:Q").scale(diverging(side["value"])).legend(None),
+            tooltip=["label:N", "value:Q", "count:Q"],
+        )
+        .properties(width=280, height=alt.Step(STEP + 2))
+    )
