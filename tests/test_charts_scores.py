@@ -53,7 +53,7 @@ def test_parts_chart_says_which_parts_are_nothing():
     title = text(score_parts(parts(0.75)))
     assert "content 75 %, source 25 %" in title
     assert "destination and constant exactly nothing" in title
-    assert "source and destination and constant exactly nothing" in text(score_parts(parts(1)))
+    assert "source, destination and constant exactly nothing" in text(score_parts(parts(1)))
     assert score_parts(parts(0.75)).to_dict()["description"]
 
 

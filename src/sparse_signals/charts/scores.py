@@ -119,7 +119,8 @@ def _parts_title(table: pd.DataFrame, scope: str) -> str:
     size = table.groupby("part")["share"].apply(lambda share: share.abs().max())
     live = [part for part in PARTS if size[part] > 1e-9]
     found = ", ".join(f"{part} {percent(median[part])}" for part in live)
-    dead = " and ".join(part for part in PARTS if part not in live)
+    *others, last = [part for part in PARTS if part not in live] or [""]
+    dead = f"{', '.join(others)} and {last}" if others else last
     nothing = f"; {dead} exactly nothing" if dead else ""
     return f"What makes scores vary {scope} (median head): {found}{nothing}"
 
