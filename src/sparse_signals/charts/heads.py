@@ -49,7 +49,7 @@ def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
 
 def packed(table: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
     """One row per group, its numbers in one string a column: a tenth of the size in the page."""
-    text = {c: table[c].map(lambda x: f"{round_significant(float(x)):.3g}") for c in columns}
+    text = {c: table[c].map(lambda x: f"{round_significant(float(x), 3):.3g}") for c in columns}
     return table.assign(**text).groupby(by, as_index=False, sort=False)[columns].agg(" ".join)
 
 
@@ -154,11 +154,13 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
         )
     )  # fmt: skip
     y = alt.Y("value:Q").title("right source found").axis(format="%").scale(domain=[0, 1])
-    fill = alt.Fill("basis:N").sort(bases).legend(None)
     styles = colour_and_dash("basis:N", "kept")
-    styles = {key: channel.sort(bases).legend(orient="bottom") for key, channel in styles.items()}
-    band = base.mark_area(opacity=0.3).encode(alt.Y("low:Q"), alt.Y2("high:Q"), fill)
-    line = base.mark_line(point=True).encode(y, **styles)
+    styles = {key: channel.sort(bases) for key, channel in styles.items()}
+    styles["color"] = styles["color"].legend(None)  # the dashes say the same
+    styles["strokeDash"] = styles["strokeDash"].legend(orient="bottom", symbolSize=400)
+    band = base.mark_area(opacity=0.3, strokeWidth=0)
+    band = band.encode(alt.Y("low:Q"), alt.Y2("high:Q"), styles["color"])
+    line = base.mark_line().encode(y, **styles)
     goal = alt.Chart(pd.DataFrame({"value": [0.95]})).mark_rule(strokeDash=[2, 3]).encode(y)
     chart = alt.layer(band, line, goal).properties(width=340, height=250).add_params(head)
     description = (
@@ -206,6 +208,9 @@ def _thinned(long: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def _turned(points: pd.DataFrame) -> alt.Chart:
+    styles = colour_and_shape("object:N", "one pair of neighbours")
+    styles["color"] = styles["color"].legend(None)  # the shapes say the same
+    styles["shape"] = styles["shape"].legend(orient="bottom")
     return (
         alt.Chart(rounded(points, 3))
         .transform_filter("datum.size === size")
@@ -213,7 +218,7 @@ def _turned(points: pd.DataFrame) -> alt.Chart:
         .encode(
             *_gap_and_angle(),
             tooltip=["name:N", "k:Q", "gap:Q", "object:N", "angle:Q"],
-            **colour_and_shape("object:N", "points"),
+            **styles,
         )
     )
 
@@ -226,7 +231,11 @@ def _medians(long: pd.DataFrame, bins: int = 8) -> alt.Chart:
         alt.Chart(rounded(lines, 3))
         .transform_filter("datum.size === size")
         .mark_line(strokeWidth=3)
-        .encode(*_gap_and_angle(), **colour_and_dash("object:N", "median"))
+        .encode(
+            *_gap_and_angle(),
+            alt.Color("object:N").legend(None),
+            alt.StrokeDash("object:N").title("median").legend(orient="bottom", symbolSize=400),
+        )
     )
 
 

@@ -4,7 +4,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from sparse_signals.charts.base import colour_and_shape, diverging, finish, rounded
+from sparse_signals.charts.base import diverging, finish, rounded
 from sparse_signals.charts.heads import packed, unpacked
 
 VERDICTS = ["flatter", "as random", "steeper"]
@@ -90,42 +90,47 @@ def _spectrum(bands: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
     return alt.layer(band, line.encode(y)).properties(width=380, height=210)
 
 
-def published_flatness(points: pd.DataFrame, random: pd.DataFrame, r: int) -> alt.TopLevelMixin:
-    """Participation ratios of this edition beside the published ones, with their random bands.
+def published_flatness(points: pd.DataFrame, random: pd.DataFrame) -> alt.TopLevelMixin:
+    """Participation ratios of this edition above the published ones, with their random bands.
 
-    `points`: row, name, measure, share (of all r directions). `random`: row, measure, low, high.
+    `points`: row, name, share (of all r directions); names are written in the last row.
+    `random`: row, measure, low, high.
     """
-    order = list(dict.fromkeys(points["row"]))
-    median = points.groupby(["row", "measure"], sort=False)["share"].median()
-    found = [f"{share:.0%} ({row}, {measure})" for (row, measure), share in median.items()]
-    title = f"The median head spreads over {', '.join(found)} of its directions"
-    labelled = points.assign(
-        label=points["name"].where(points["row"] == order[-1], ""),
-        offset=points.groupby("row")["share"].rank(method="first") % 2 * 22 - 15,
+    median = points.groupby("row", sort=False)["share"].median()
+    rows = list(median.index)
+    found = ", ".join(f"{share:.0%} ({row})" for row, share in median.items())
+    title = f"The median head spreads over this part of its directions: {found}"
+    description = (
+        "Strip chart in rows: one point a head, how many of its directions share the spectrum, as "
+        f"a part of all of them. Grey bands are random matrices of the same shape. {title}."
     )
-    place = alt.Y("row:N").sort(order).title(None).axis(labelLimit=170)
-    measures = list(dict.fromkeys(points["measure"]))
-    colours = colour_and_shape("measure:N", "participation ratio of")
-    colours = {key: channel.scale(domain=measures) for key, channel in colours.items()}
-    colours["color"] = colours["color"].legend(orient="bottom")
-    colours["shape"] = colours["shape"].legend(orient="bottom")
-    fill = alt.Fill("measure:N").scale(domain=measures).legend(None)
-    x = alt.X("low:Q").scale(domain=[0, 1]).axis(format="%", tickCount=5)
-    bars = alt.Chart(rounded(random, 3)).mark_bar(height=30, opacity=0.35).encode(
-        x.title("participation ratio ÷ r"), alt.X2("high:Q"), place, fill,
-        tooltip=["row:N", "measure:N", alt.Tooltip("low:Q", format=".1%"),
-                 alt.Tooltip("high:Q", format=".1%")],
-    )  # fmt: skip
+    place = alt.Y("row:N").sort(rows).title(None).axis(labelLimit=170)
+    chart = alt.layer(*_random_bands(random, place), *_points(points, rows, place))
+    return finish(chart.properties(width=330, height=alt.Step(62)), title, description)
+
+
+def _random_bands(random: pd.DataFrame, place: alt.Y) -> tuple[alt.Chart, alt.Chart]:
+    base = alt.Chart(rounded(random.assign(text="random, " + random["measure"]), 3)).encode(
+        place,
+        tooltip=["text:N", *(alt.Tooltip(f"{end}:Q", format=".1%") for end in ("low", "high"))],
+    )
+    x = alt.X("low:Q").scale(domain=[0, 1.1]).axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
+    bars = base.mark_bar(height=34, color="#808080", opacity=0.45).encode(
+        x.title("participation ratio ÷ r"), alt.X2("high:Q")
+    )
+    return bars, base.mark_text(dy=-26, fontSize=11).encode(alt.X("high:Q"), text="measure:N")
+
+
+def _points(points: pd.DataFrame, rows: list[str], place: alt.Y) -> tuple[alt.Chart, alt.Chart]:
+    order = points.groupby("row")["share"].rank(method="first")
+    labelled = points.assign(
+        label=points["name"].where(points["row"] == rows[-1], ""), offset=order % 2 * 24 - 12
+    )
     base = alt.Chart(rounded(labelled, 3)).encode(alt.X("share:Q"), place)
     dots = base.mark_point(size=45, opacity=0.9).encode(
-        tooltip=["row:N", "name:N", "measure:N", alt.Tooltip("share:Q", format=".1%")], **colours
+        alt.Color("row:N").sort(rows).legend(None),
+        alt.Shape("row:N").sort(rows).legend(None),
+        tooltip=["row:N", "name:N", alt.Tooltip("share:Q", format=".1%")],
     )
-    text = base.mark_text(baseline="middle", fontSize=11).encode(
-        text="label:N", yOffset=alt.YOffset("offset:Q").scale(None)
-    )
-    chart = alt.layer(bars, dots, text).properties(width=300, height=alt.Step(58))
-    description = (
-        "Strip chart: one point a head, how many of its directions share the spectrum, as a part "
-        f"of all of them; bands are random matrices of the same shape (r = {r} here). {title}."
-    )
-    return finish(chart, title, description)
+    middle = alt.YOffset("offset:Q").scale(domain=[-31, 31])
+    return dots, base.mark_text(fontSize=10).encode(text="label:N", yOffset=middle)
