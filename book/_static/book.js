@@ -1,26 +1,43 @@
-// What scrolls must be reachable by keyboard: wide code, formulas, tables and charts.
+// What the theme leaves undone for keyboards and phones.
 "use strict";
 
 const SCROLLING =
-  "pre, mjx-container[display], .pst-scrollable-table-container, .text_html, .chart-live";
+  "pre, mjx-container, .pst-scrollable-table-container, .text_html, .chart-live";
 
+// What scrolls must be reachable by keyboard: wide code, formulas, tables and charts.
 const watcher = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     const { scrollWidth, clientWidth, scrollHeight, clientHeight } = target;
-    if (scrollWidth > clientWidth || scrollHeight > clientHeight) target.tabIndex = 0;
+    const scrolls = getComputedStyle(target).overflowX === "auto";
+    if (scrolls && (scrollWidth > clientWidth || scrollHeight > clientHeight)) target.tabIndex = 0;
     else target.removeAttribute("tabindex");
   }
 });
 
-const watch = () => document.querySelectorAll(SCROLLING).forEach((part) => watcher.observe(part));
+// A formula in a line of text cannot be broken: where it is wider than the page, it scrolls.
+function markWideFormulas() {
+  for (const formula of document.querySelectorAll("mjx-container:not([display])")) {
+    const room = formula.closest("p, li, dd, td, figcaption, div").clientWidth;
+    formula.classList.toggle("wide", formula.firstElementChild.offsetWidth > room);
+  }
+}
 
-document.addEventListener("DOMContentLoaded", watch);
-document.addEventListener("charts-drawn", watch);
-window.addEventListener("load", () => window.MathJax?.startup?.promise?.then(watch));
+function watch() {
+  markWideFormulas();
+  document.querySelectorAll(SCROLLING).forEach((part) => watcher.observe(part));
+}
 
-// The theme labels its search button otherwise than the button reads.
+// The theme labels some buttons otherwise than they read.
+function unlabel() {
+  for (const part of document.querySelectorAll(".search-button-field, summary[aria-label]")) {
+    part.removeAttribute("aria-label");
+  }
+}
+
 document.addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll(".search-button-field").forEach((button) => {
-    button.removeAttribute("aria-label");
-  });
+  unlabel();
+  watch();
 });
+document.addEventListener("charts-drawn", watch);
+window.addEventListener("resize", markWideFormulas);
+window.addEventListener("load", () => window.MathJax?.startup?.promise?.then(watch));
