@@ -122,4 +122,4 @@ def test_packed_numbers_come_back():
     table = pd.DataFrame({"name": ["a", "a", "b"], "x": [1.23456, -1e-17, 2.0]})
     packed = charts.packed(table, ["name"], ["x"])
     assert packed["x"].tolist() == ["1.23 0", "2"]
-    assert charts.unpacked(packed, ["x"]).to_dict()["transform"][1] == {"flatten": ["x"]}
+    assert charts.unpacked(packed, ["x"]).mark_bar().to_dict()["transform"][1] == {"flatten": ["x"]}
