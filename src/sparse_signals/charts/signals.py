@@ -48,7 +48,7 @@ def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     labels and weights (per token), slices and chosen (per singular pair). It opens on `head` at
     the last token of the first prompt.
     """
-    table = table.assign(chosen=[_in_words(row) for row in table["chosen"]])
+    table = table.assign(chosen=[["01"[int(x)] for x in row] for row in table["chosen"]])
     lists = ("labels", "weights", "slices", "chosen")
     packed = {name: [SEPARATOR.join(map(_short, row)) for row in table[name]] for name in lists}
     table = table[["prompt", "name", "dest", "src"]].assign(
@@ -80,7 +80,7 @@ def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
         alt.Y("value:Q").title("slice p of the strongest source"),
         alt.Color("label:N").title("slice is").scale(domain=["in the support", "left out"]),
         tooltip=["pos:O", alt.Tooltip("value:Q", format=".3f"), "label:N"],
-    )  # fmt: skip
+    ).transform_calculate(label="datum.label == '1' ? 'in the support' : 'left out'")  # fmt: skip
     panels = [chart.properties(width=WIDTH - 60, height=150) for chart in (attention, slices)]
     chart = alt.vconcat(*panels).add_params(*picks).resolve_scale(color="independent")
     return finish(
