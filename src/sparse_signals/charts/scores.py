@@ -33,7 +33,8 @@ def softmax_bars(row: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     tips = [alt.Tooltip(n, format=".3f") for n in ("score:Q", "changed:Q", "attention:Q")]
     chosen = alt.condition("datum.label === token", alt.value(1), alt.value(0.65))
     score = bars.mark_bar(color="#0072B2").encode(
-        alt.X("changed:Q").title("score (softmax units)"), place, opacity=chosen, tooltip=["label:N", *tips],
+        alt.X("changed:Q").title("score (softmax units)"), place,
+        opacity=chosen, tooltip=["label:N", *tips],
     )  # fmt: skip
     attention = bars.mark_bar(color="#D55E00").encode(
         alt.X("attention:Q").title("attention").axis(format="%").scale(domain=[0, 1]),

@@ -7,7 +7,7 @@ from sparse_signals.charts.base import WIDTH, finish
 
 IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
 KINDS = ["a name", "another word"]
-SEPARATOR = "¦"  # no token holds it
+SEPARATOR = "\t"  # no token holds it
 HATCH = alt.Opacity("chosen:O").scale(domain=["in the support", "left out"], range=[1, 0.45])
 
 
