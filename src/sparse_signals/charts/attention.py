@@ -207,6 +207,7 @@ def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
         f"it the attention of the chosen head on each prompt, by order of the names. {title}."
     )
     chart = alt.vconcat(grid, strip, spacing=14).add_params(pair)
+    chart = chart.resolve_scale(yOffset="independent")  # or it would squeeze the grid's rows
     return finish(chart, title, description)
 
 
