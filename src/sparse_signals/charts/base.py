@@ -111,16 +111,22 @@ def rounded(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
                            for name in floats})  # fmt: skip
 
 
+def rounded_everywhere(value: Any) -> Any:
+    """A value from JSON with all floats in it rounded, however deep."""
+    if isinstance(value, dict):
+        return {key: rounded_everywhere(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded_everywhere(item) for item in value]
+    return round_significant(value)
+
+
 def canonical(spec: dict[str, Any]) -> dict[str, Any]:
     """A Vega-Lite spec that depends on the chart alone, not on what was drawn before it.
 
-    Floats in the data are rounded; data sets, views and parameters are numbered as they appear.
+    Every float is rounded, in the data and in scales; data sets, views and parameters are
+    numbered as they appear.
     """
-    spec = spec | {"$schema": SCHEMA}
-    spec["datasets"] = {
-        name: [{key: round_significant(value) for key, value in row.items()} for row in rows]
-        for name, rows in spec.get("datasets", {}).items()
-    }
+    spec = rounded_everywhere(spec | {"$schema": SCHEMA})
     text = json.dumps(spec, ensure_ascii=False)
     counts: Counter[str] = Counter()
     names: dict[str, str] = {}

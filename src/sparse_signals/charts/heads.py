@@ -223,10 +223,12 @@ def _turned(points: pd.DataFrame) -> alt.Chart:
     )
 
 
-def _medians(long: pd.DataFrame, bins: int = 8) -> alt.Chart:
-    cut = long.groupby(["size", "object"])["gap"].rank(pct=True).mul(bins).apply(np.ceil)
-    groups = long.assign(cut=cut).groupby(["size", "object", "cut"], as_index=False)
-    lines = groups[["gap", "angle"]].median().drop(columns="cut")
+def _medians(long: pd.DataFrame, least: int = 3) -> alt.Chart:
+    """Medians over thirds of a decade, where there are a few pairs at `least`."""
+    cut = np.floor(3 * np.log10(long["gap"]))
+    groups = long.assign(cut=cut, pairs=1).groupby(["size", "object", "cut"], as_index=False)
+    lines = groups.agg(gap=("gap", "median"), angle=("angle", "median"), pairs=("pairs", "sum"))
+    lines = lines.loc[lines["pairs"] >= least, ["size", "object", "gap", "angle"]]
     return (
         alt.Chart(rounded(lines, 3))
         .transform_filter("datum.size === size")
