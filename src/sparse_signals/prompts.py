@@ -46,6 +46,18 @@ class Batch:
     io: Int[Tensor, "prompt"] | None
     s: Int[Tensor, "prompt"] | None
 
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the prompts, as a batch of the same width."""
+        return Batch(
+            self.table.iloc[rows].reset_index(drop=True),
+            self.tokens[rows],
+            self.mask[rows],
+            self.labels[rows],
+            {role: position[rows] for role, position in self.roles.items()},
+            None if self.io is None else self.io[rows],
+            None if self.s is None else self.s[rows],
+        )
+
 
 def ioi_prompts(
     n: int,

@@ -58,6 +58,23 @@ class Coordinates:
         return self.dest * self.src
 
 
+@dataclass(frozen=True)
+class SliceMaps:
+    """A basis of every head: q @ dest and k @ src are the two sides of its slices.
+
+    Any orthogonal matrix applied to both gives another exact slicing of the same scores.
+    """
+
+    dest: Float[Tensor, "layer head r r"]
+    src: Float[Tensor, "layer head r r"]
+
+
+def slice_maps(svd: HeadSVD) -> SliceMaps:
+    """The SVD basis: q @ dest = x̃ᵀU √(σ/√r) and k @ src = x̃ᵀV √(σ/√r)."""
+    root = (svd.S / svd.scale[:, None, None]).sqrt().unsqueeze(-2)
+    return SliceMaps(svd.dest_map * root, svd.src_map * root)
+
+
 def find_firings(attention: Attention, level: float = 0.5, context: bool = False) -> Pairs:
     """All pairs in which a head fires: A_ij ≥ level, a_ij ≥ 0 and j ≥ 1.
 
@@ -121,26 +138,28 @@ def pairs_at(
 
 
 def coordinates(
-    svd: HeadSVD, attention: Attention, pairs: Pairs, relative: bool = False
+    basis: HeadSVD | SliceMaps, attention: Attention, pairs: Pairs, relative: bool = False
 ) -> Coordinates:
-    """Slice coordinates of every pair in the SVD basis of its head, in float64.
+    """Slice coordinates of every pair in the SVD basis of its head (or another), in float64.
 
     With `relative` the key is measured from the mean of the other visible keys, k_j − mean k_j',
     so the slices sum to the relative score a_ij − mean_j' a_ij', which softmax cannot shift.
     Source: Franco and Crovella 2024, section 3; 2025 for relative attention.
     """
-    q = attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
+    maps = slice_maps(basis) if isinstance(basis, HeadSVD) else basis
     k = (_relative_keys if relative else _keys)(attention, pairs)
-    root = (svd.S / svd.scale[:, None, None]).sqrt().unsqueeze(-2)
-    dest = _change_basis(q, svd.dest_map * root, pairs)
-    return Coordinates(dest, _change_basis(k, svd.src_map * root, pairs))
+    q = _queries(attention, pairs)
+    return Coordinates(by_head(q, maps.dest, pairs), by_head(k, maps.src, pairs))
 
 
 def head_coordinates(attention: Attention, pairs: Pairs) -> Coordinates:
     """The head's own (rotary) coordinates: slice k is q_k k_k / √r."""
-    q = attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
     root = attention.scale[pairs.layer, None].sqrt()
-    return Coordinates(q / root, _keys(attention, pairs) / root)
+    return Coordinates(_queries(attention, pairs) / root, _keys(attention, pairs) / root)
+
+
+def _queries(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
 
 
 def _keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
@@ -154,9 +173,9 @@ def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"
     return key - (total - key) / pairs.dest.clamp_min(1)[:, None]
 
 
-def _change_basis(
-    x: Float[Tensor, "pair r"], maps: Float[Tensor, "layer head r r"], pairs: Pairs
-) -> Float[Tensor, "pair r"]:
+def by_head(
+    x: Float[Tensor, "pair n"], maps: Float[Tensor, "layer head n m"], pairs: Pairs
+) -> Float[Tensor, "pair m"]:
     """Every row times the map of its head: rows sorted by head, in tiles of one head each."""
     head = pairs.layer * maps.shape[1] + pairs.head
     maps = maps.to(x.device).flatten(0, 1)
@@ -169,7 +188,7 @@ def _change_basis(
     tiled[slot] = x[order]
     of_tile = torch.arange(len(maps), device=x.device).repeat_interleave(tiles)
     product = (tiled.view(-1, TILE, x.shape[-1]) @ maps[of_tile]).flatten(0, 1)
-    return torch.empty_like(x).index_copy_(0, order, product[slot])
+    return x.new_empty(len(x), maps.shape[-1]).index_copy_(0, order, product[slot])
 
 
 def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:

@@ -1,0 +1,163 @@
+"""Chapter 4: the residual stream of a model as an exact sum of what its components wrote.
+
+x_t = embedding + position + Σ heads + Σ output biases + Σ MLPs. A value bias passes through
+attention unchanged, because the weights of a row sum to 1: it counts as an output bias, and a head
+is what it moved. Components are ordered so that those before any layer come first.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.heads import Attention
+from sparse_signals.models import Model, activations, qk_weights
+from sparse_signals.prompts import Batch, PromptError
+
+BIAS_ROW = "bias row"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model did on a batch: attention of its heads, and what every component wrote.
+
+    `scale` is what each layer's normalisation divided by; values are without their bias.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    attention: Attention
+    outputs: Float[Tensor, "prompt pos component d"]
+    scale: Float[Tensor, "layer prompt pos"]
+    v: Float[Tensor, "layer prompt head pos r"]
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Output weights of every head (values repeated per query head), and the output biases."""
+
+    W_O: Float[Tensor, "layer head r d"]
+    b_V: Float[Tensor, "layer head r"]
+    bias: Float[Tensor, "layer d"]
+
+
+def component_table(model: Model) -> pd.DataFrame:
+    """The components in order: component, kind, layer, head (−1 where there is none), height.
+
+    `height` is where a chart draws it. The last one, "bias row", is no part of the residual
+    stream: it is the constant 1 of x̃, through which query, key and normalisation biases act.
+    """
+    rows = [("embedding", "embedding", -1, -1, -1.0)]
+    if not model.rotary:
+        rows.append(("position", "position", -1, -1, -1.0))
+    for layer in range(model.n_layers):
+        heads = range(model.n_heads)
+        rows += [(f"{layer}.{head}", "head", layer, head, float(layer)) for head in heads]
+        rows.append((f"bias {layer}", "bias", layer, -1, layer + 0.3))
+        rows.append((f"MLP {layer}", "MLP", layer, -1, layer + 0.5))
+    rows.append((BIAS_ROW, "bias row", -1, -1, -1.0))
+    return pd.DataFrame(rows, columns=["component", "kind", "layer", "head", "height"])
+
+
+def writers(model: Model) -> Writers:
+    """How heads write, in the dtype of the model. b_V W_O is part of the bias of the layer."""
+    blocks = [block.attn for block in model.bridge.blocks]
+    groups = model.n_heads // model.n_kv_heads
+    W_O = torch.stack([attn.W_O for attn in blocks])
+    b_V = W_O.new_zeros(model.n_layers, model.n_kv_heads, model.d_head)
+    if blocks[0].b_V is not None:
+        b_V = torch.stack([attn.b_V for attn in blocks])
+    b_V = b_V.repeat_interleave(groups, dim=1)
+    bias = torch.einsum("lhr,lhrd->ld", b_V, W_O)
+    if blocks[0].b_O is not None:
+        bias = bias + torch.stack([attn.b_O for attn in blocks])
+    return Writers(W_O, b_V, bias)
+
+
+def run_model(
+    model: Model, tokens: Int[Tensor, "prompt pos"], mask: Bool[Tensor, "prompt pos"]
+) -> Run:
+    """Run the model once; split what it wrote into components. Head outputs cost P·T·L·H·r·d."""
+    cache = activations(model, tokens, ("q", "k", "v", "z", "pattern", "mlp_out", "scale"))
+    mask, tokens = mask.to(model.device), tokens.to(model.device)
+    attention = Attention(
+        cache["q"], cache["k"], cache["pattern"], mask, qk_weights(model).scale.to(model.device)
+    )
+    out = writers(model)
+    outputs = _outputs(model, tokens, out, cache["z"] - out.b_V[:, None, :, None], cache["mlp_out"])
+    v = cache["v"] - out.b_V[:, None, :, None]
+    return Run(tokens, attention, outputs, cache["scale"], v)
+
+
+def _outputs(
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    out: Writers,
+    z: Float[Tensor, "layer prompt head pos r"],
+    mlp: Float[Tensor, "layer prompt pos d"],
+) -> Float[Tensor, "prompt pos component d"]:
+    layers, prompts, heads, length, _ = z.shape
+    first = 1 if model.rotary else 2
+    outputs = z.new_empty(prompts, length, first + layers * (heads + 2), model.d_model)
+    outputs[:, :, 0] = model.bridge.embed.W_E[tokens]
+    if not model.rotary:
+        outputs[:, :, 1] = model.bridge.pos_embed.W_pos[:length]
+    each = outputs[:, :, first:].unflatten(2, (layers, heads + 2))
+    for layer in range(layers):
+        rows = z[layer].transpose(0, 1).flatten(1, 2) @ out.W_O[layer]
+        each[:, :, layer, :heads] = rows.unflatten(1, (prompts, length)).movedim(0, 2)
+        each[:, :, layer, heads] = out.bias[layer]
+        each[:, :, layer, heads + 1] = mlp[layer]
+    return outputs
+
+
+def rotation(
+    model: Model, positions: Int[Tensor, "row"]
+) -> tuple[Float[Tensor, "row r"], Float[Tensor, "row r"]]:
+    """cos and sin of the rotary angles at some positions, as the model rounds them, in float64."""
+    dtype = torch.zeros(1, dtype=model.dtype, device=model.device)
+    embed = model.bridge.rotary_emb.original_component
+    cos, sin = embed(dtype, torch.arange(model.n_ctx, device=model.device)[None])
+    return cos[0, positions].double(), sin[0, positions].double()
+
+
+def unrotate(
+    y: Float[Tensor, "row r"], cos: Float[Tensor, "row r"], sin: Float[Tensor, "row r"]
+) -> Float[Tensor, "row r"]:
+    """Rᵀy of each row, where a query or key of that token is rotated as Rq = q·cos + half(q)·sin.
+
+    half([a, b]) = [−b, a]: coordinate n turns together with coordinate n + r/2.
+    """
+    first, second = (y * sin).chunk(2, dim=-1)
+    return y * cos + torch.cat([second, -first], dim=-1)
+
+
+def logit_attribution(
+    model: Model, run: Run, batch: Batch
+) -> tuple[Float[Tensor, "prompt component"], Float[Tensor, "prompt"]]:
+    """What every component writes itself into logit(IO) − logit(S) at the last token.
+
+    x_c·w / s with w the difference of two unembedding columns times the final gain (centred for
+    LayerNorm) and s the scale of the final normalisation. The last column is the share of biases,
+    so that rows sum to the logit difference, which is returned too. Source: Wang et al. 2023.
+    Raises PromptError where the prompts have no names.
+    """
+    if batch.io is None or batch.s is None:
+        raise PromptError("direct logit attribution needs prompts with two names, IO and S")
+    norm, unembed = model.bridge.ln_final, model.bridge.unembed
+    io, s = batch.io.to(model.device), batch.s.to(model.device)
+    columns = unembed.W_U[:, io] - unembed.W_U[:, s]
+    w = (norm.w[:, None] * columns).T
+    constant = unembed.b_U[io] - unembed.b_U[s]
+    if not norm.uses_rms_norm:
+        w = w - w.mean(-1, keepdim=True)
+        constant = constant + norm.b @ columns
+    last = run.attention.mask.sum(1) - 1
+    at_end = run.outputs[torch.arange(len(last), device=last.device), last]
+    x = at_end.sum(1)
+    x = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1) + model.bridge.cfg.eps).sqrt()
+    shares = torch.einsum("pcd,pd->pc", at_end, w) / scale[:, None]
+    shares = torch.cat([shares, constant[:, None]], dim=1)
+    return shares, shares.sum(1)

@@ -1,0 +1,292 @@
+"""Chapter 4: follow signals upstream, from the heads that answer back to the embeddings.
+
+A firing keeps, on either side, the components with the largest contributions: these are its edges.
+A kept head that fires itself, with the receiving token as destination, is traced further. Each
+firing of a prompt is opened once, however many paths reach it, so a trace is an acyclic graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_signals.contributions import (
+    SIDES,
+    Contributions,
+    Settings,
+    Weights,
+    contributions,
+    read_weights,
+    receiving,
+)
+from sparse_signals.models import Model
+from sparse_signals.prompts import Batch, PromptError
+from sparse_signals.residual import Run, logit_attribution, run_model
+from sparse_signals.runs import chunked, run_key
+from sparse_signals.signals import Pairs, find_firings, support
+
+CHUNK_BYTES = 2**28  # what all components of a chunk of prompts wrote
+
+
+class TraceError(ValueError):
+    """A trace that cannot start, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """Firings that a trace starts from: a head, its destination and its source (None: any).
+
+    Places are roles ("end", "IO", …) or positions. "end" is the last token, named or not.
+    """
+
+    layer: int
+    head: int
+    dest: str | int = "end"
+    src: str | int | None = None
+
+    def __str__(self) -> str:
+        source = "" if self.src is None else f":{self.src}"
+        return f"{self.layer}.{self.head}:{self.dest}{source}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Firings that were reached from the roots, and the edges into them.
+
+    firings: firing (number), prompt, layer, head, name, dest, src, attention, score, root,
+    visits (paths that lead to it from the roots), vectors (the singular pairs in the support) and,
+    for the exact weighting, error (relative, of the sum of contributions).
+    edges: firing, prompt, upstream (component), downstream (head), layer, head, side, dest, src,
+    token (where upstream writes), weight (contribution), share (of its side), visits, up_layer
+    and down_layer (heights in a chart).
+    """
+
+    firings: pd.DataFrame
+    edges: pd.DataFrame
+
+
+def trace(
+    model: Model,
+    batch: Batch,
+    roots: Sequence[Root],
+    settings: Settings | None = None,
+    *,
+    weights: Weights | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Trace:
+    """Trace every prompt from the given roots, a chunk of prompts at a time.
+
+    With a folder, finished chunks are kept there, and a run that was cut off goes on after them.
+    Raises TraceError for a root that is no head of the model or fires on no prompt, and
+    PromptError for a role that the prompts do not have.
+    """
+    settings, weights = settings or Settings(), weights or read_weights(model)
+    _check_heads(model, roots)
+    if folder:
+        folder = folder / run_key(model, batch, (settings, tuple(roots)))
+    pieces = chunked(
+        chunk_rows(model, batch),
+        lambda rows: vars(trace_rows(weights, batch, rows, roots, settings)),
+        folder=folder,
+        progress=progress,
+    )
+    traced = _joined([Trace(**piece) for piece in pieces])
+    _check_fired(traced, roots, settings)
+    return traced
+
+
+def chunk_rows(model: Model, batch: Batch) -> list[slice]:
+    """Prompts in chunks of which all component outputs fit into `CHUNK_BYTES`."""
+    prompts, length = batch.tokens.shape
+    components = 2 + model.n_layers * (model.n_heads + 2)
+    size = length * components * model.d_model * (8 if model.dtype == torch.float64 else 4)
+    step = max(1, CHUNK_BYTES // size)
+    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+
+
+def trace_rows(
+    weights: Weights, batch: Batch, rows: slice, roots: Sequence[Root], settings: Settings
+) -> Trace:
+    """Trace some prompts of a batch with one run of the model."""
+    run = run_model(weights.model, batch.tokens[rows], batch.mask[rows])
+    pairs = find_firings(run.attention, settings.level, settings.context)
+    parts = contributions(weights, run, pairs, settings)
+    start = _starts(batch, rows, pairs, roots)
+    return follow(weights, run, pairs, parts, start, settings, first_prompt=rows.start)
+
+
+def follow(
+    weights: Weights,
+    run: Run,
+    pairs: Pairs,
+    parts: Contributions,
+    start: Int[Tensor, "pair"],
+    settings: Settings,
+    first_prompt: int = 0,
+) -> Trace:
+    """The graph that is reached from the firings where `start` (how many roots) is not zero."""
+    kept = kept_components(parts, settings)
+    visits = _visits(weights, run, pairs, kept, start)
+    reached = visits > 0
+    firings = (
+        pairs[reached].table().drop(columns="name").assign(name=pairs[reached].table()["name"])
+    )
+    firings["prompt"] += first_prompt
+    firings["root"] = start[reached].cpu().numpy() > 0
+    firings["visits"] = visits[reached].cpu().numpy()
+    if settings.weighting == "exact":
+        firings["error"] = parts.error()[reached].cpu().numpy()
+    firings["vectors"] = _lists(parts.support[reached])
+    firings.insert(0, "firing", range(len(firings)))
+    return Trace(firings, _edges(weights, firings, parts.values[reached], kept[reached]))
+
+
+def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "pair side c"]:
+    """On each side, the smallest set of largest contributions exceeding the share of their sum."""
+    return support(parts.values.flatten(0, 1), settings.share).view(parts.values.shape)
+
+
+def _visits(
+    weights: Weights,
+    run: Run,
+    pairs: Pairs,
+    kept: Bool[Tensor, "pair side c"],
+    start: Int[Tensor, "pair"],
+) -> Int[Tensor, "pair"]:
+    """How many paths reach each firing from the roots: one pass over the layers, from the top.
+
+    A path goes from a firing to a kept head at the receiving token, and to every firing of that
+    head whose destination is this token.
+    """
+    model = weights.model
+    is_head = torch.tensor((weights.components["kind"] == "head").tolist(), device=kept.device)
+    to_heads = kept[..., is_head].unflatten(-1, (model.n_layers, model.n_heads))
+    token, visits = receiving(pairs), start.clone()
+    prompts, length = run.tokens.shape
+    calls = visits.new_zeros(prompts, model.n_layers, model.n_heads, length)
+    for layer in reversed(range(model.n_layers)):
+        here = (pairs.layer == layer).nonzero().flatten()
+        visits[here] += calls[pairs.prompt[here], layer, pairs.head[here], pairs.dest[here]]
+        pair, side, up, head = to_heads[here].nonzero(as_tuple=True)
+        pair = here[pair]
+        place = (pairs.prompt[pair], up, head, token[pair, side])
+        calls.index_put_(place, visits[pair], accumulate=True)
+    return visits
+
+
+def _edges(
+    weights: Weights,
+    firings: pd.DataFrame,
+    values: Tensor,
+    kept: Bool[Tensor, "pair side c"],
+) -> pd.DataFrame:
+    firing, side, component = kept.nonzero(as_tuple=True)
+    weight = values[firing, side, component]
+    share = weight / values.sum(-1)[firing, side]
+    firing, side, component = (t.cpu().numpy() for t in (firing, side, component))
+    table = weights.components
+    of = firings.iloc[firing].reset_index(drop=True)
+    edges = of[["firing", "prompt", "name", "layer", "head", "dest", "src", "visits"]]
+    edges = edges.rename(columns={"name": "downstream"})
+    names = list(dict.fromkeys(table["component"]))
+    edges.insert(2, "upstream", pd.Categorical.from_codes(component, names))
+    edges.insert(6, "side", pd.Categorical.from_codes(side, SIDES))
+    edges["token"] = edges["dest"].where(side == 0, edges["src"])
+    edges["weight"], edges["share"] = weight.cpu().numpy(), share.cpu().numpy()
+    edges["up_layer"] = table["height"].to_numpy()[component]
+    return edges.assign(down_layer=edges["layer"].astype(float))
+
+
+def _lists(chosen: Bool[Tensor, "pair r"]) -> pd.Series:
+    """The places of the true entries of each row, as a list."""
+    ends = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int().cpu().numpy()
+    places = chosen.nonzero()[:, 1].short().cpu().numpy()
+    lists = pa.ListArray.from_arrays(pa.array(ends), pa.array(places))
+    return pd.Series(pd.arrays.ArrowExtensionArray(lists))
+
+
+def _joined(pieces: list[Trace]) -> Trace:
+    """Traces of disjoint prompts as one, with firings numbered through."""
+    before, firings, edges = 0, [], []
+    for piece in pieces:
+        firings.append(piece.firings.assign(firing=piece.firings["firing"] + before))
+        edges.append(piece.edges.assign(firing=piece.edges["firing"] + before))
+        before += len(piece.firings)
+    return Trace(*(pd.concat(tables, ignore_index=True) for tables in (firings, edges)))
+
+
+# --- roots ---------------------------------------------------------------------------------------
+
+
+def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
+    """The position of a role, or a fixed position, in every prompt."""
+    if isinstance(where, int):
+        return torch.full((len(batch.tokens),), where)
+    if where == "end":
+        return batch.mask.sum(1) - 1
+    if where not in batch.roles:
+        known = ", ".join(batch.roles) or "end alone, since IO and S are not known"
+        raise PromptError(f"no role {where!r} in these prompts: they have {known}")
+    return batch.roles[where]
+
+
+def _starts(batch: Batch, rows: slice, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
+    """How many of the roots each firing matches."""
+    device, start = pairs.layer.device, torch.zeros_like(pairs.layer)
+    for root in roots:
+        match = (pairs.layer == root.layer) & (pairs.head == root.head)
+        match &= pairs.dest == place(batch, root.dest)[rows].to(device)[pairs.prompt]
+        if root.src is not None:
+            match &= pairs.src == place(batch, root.src)[rows].to(device)[pairs.prompt]
+        start += match
+    return start
+
+
+def _check_heads(model: Model, roots: Sequence[Root]) -> None:
+    if not roots:
+        raise TraceError("a trace needs at least one root")
+    for root in roots:
+        if not (0 <= root.layer < model.n_layers and 0 <= root.head < model.n_heads):
+            raise TraceError(
+                f"root {root} is no head of {model.name}, which has {model.n_layers} layers "
+                f"of {model.n_heads} heads, counted from 0.0"
+            )
+
+
+def _check_fired(traced: Trace, roots: Sequence[Root], settings: Settings) -> None:
+    fired = set(traced.firings.loc[traced.firings["root"], "name"])
+    silent = [str(root) for root in roots if f"{root.layer}.{root.head}" not in fired]
+    if silent:
+        raise TraceError(
+            f"never fires on these prompts (attention of at least {settings.level:g}): "
+            f"{', '.join(silent)}; choose another root or lower the level"
+        )
+
+
+def strongest_roots(
+    model: Model, batch: Batch, n: int = 3, settings: Settings | None = None
+) -> list[Root]:
+    """The n heads that write most of logit(IO) − logit(S) themselves, of those that fire from end.
+
+    Raises PromptError where the prompts have no names, TraceError where no head fires from end.
+    """
+    settings, shares, firing = settings or Settings(), 0.0, set()
+    for rows in chunk_rows(model, batch):
+        part = batch.rows(rows)
+        run = run_model(model, part.tokens, part.mask)
+        shares = shares + logit_attribution(model, run, part)[0].sum(0)
+        pairs = find_firings(run.attention, settings.level, settings.context)
+        at_end = pairs[pairs.dest == place(part, "end").to(pairs.dest.device)[pairs.prompt]]
+        firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
+    if not firing:
+        raise TraceError("no head fires from the last token of any prompt: lower the level")
+    first = 1 if model.rotary else 2
+    per_head = shares[first:-1].view(model.n_layers, model.n_heads + 2)
+    best = sorted(firing, key=lambda head: -float(per_head[head]))
+    return [Root(*head) for head in best[:n]]
