@@ -107,6 +107,11 @@ def load_model(
     return _bridge(hf_model.to(device).eval(), tokenizer, name)
 
 
+def wrap_model(hf_model: nn.Module, name: str, tokenizer: Any = None) -> Model:
+    """A transformers model that is in memory already (eager attention), where it is."""
+    return _bridge(hf_model.eval(), tokenizer, name)
+
+
 def _starts_with_bos(name: str, tokenizer: Any) -> bool:
     if name in NAMES:
         return name != "gpt2-small"  # the paper's prompts have none
