@@ -85,7 +85,6 @@ def pool(
     table = labelled(edges, roles_of(batch, quirks)).sort_values(
         ["prompt", "firing"], kind="stable"
     )
-    table = table.astype({"upstream": str, "downstream": str, "side": str})
     if quirks.first_writer:
         ends = table.groupby(["upstream", "downstream", "role"], sort=False)
         table[KEY[2:]] = ends[KEY[2:]].transform("first")

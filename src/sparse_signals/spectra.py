@@ -258,4 +258,4 @@ def choice_shares(
 def _needed(share: Float[Tensor, "... count"], counts: Sequence[int]) -> Int[np.ndarray, "..."]:
     """The smallest of `counts` from which on the share is 95 % or more."""
     short = (share < 0.95).long() * torch.arange(1, len(counts) + 1)
-    return np.append(counts, counts[-1])[short.amax(-1).numpy()]
+    return np.asarray(np.append(counts, counts[-1])[short.amax(-1).numpy()])

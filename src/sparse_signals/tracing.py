@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -28,7 +28,7 @@ from sparse_signals.models import Model
 from sparse_signals.prompts import Batch, PromptError
 from sparse_signals.residual import Run, logit_attribution, run_model
 from sparse_signals.runs import chunked, run_key
-from sparse_signals.signals import Pairs, find_firings, support
+from sparse_signals.signals import Pairs, find_firings
 
 CHUNK_BYTES = 2**28  # what all components of a chunk of prompts wrote
 
@@ -142,14 +142,19 @@ def follow(
     firings["visits"] = visits[reached].cpu().numpy()
     if settings.weighting == "exact":
         firings["error"] = parts.error()[reached].cpu().numpy()
-    firings["vectors"] = _lists(parts.support[reached])
+    firings["vectors"] = index_lists(parts.support[reached])
     firings.insert(0, "firing", range(len(firings)))
     return Trace(firings, _edges(weights, firings, parts.values[reached], kept[reached]))
 
 
 def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "pair side c"]:
-    """On each side, the smallest set of largest contributions exceeding the share of their sum."""
-    return support(parts.values.flatten(0, 1), settings.share).view(parts.values.shape)
+    """On each side, the smallest set of largest contributions exceeding a share of their sum."""
+    values = parts.values
+    ordered, order = values.sort(dim=-1, descending=True, stable=True)
+    rounding = 1e-12 * values.abs().sum(-1, keepdim=True)
+    enough = ordered.cumsum(-1) > settings.share * values.sum(-1, keepdim=True) + rounding
+    wanted = (enough.cumsum(-1) - enough.long() == 0) & (ordered > 0)
+    return torch.zeros_like(wanted).scatter(-1, order, wanted)
 
 
 def _visits(
@@ -194,21 +199,18 @@ def _edges(
     of = firings.iloc[firing].reset_index(drop=True)
     edges = of[["firing", "prompt", "name", "layer", "head", "dest", "src", "visits"]]
     edges = edges.rename(columns={"name": "downstream"})
-    names = list(dict.fromkeys(table["component"]))
-    edges.insert(2, "upstream", pd.Categorical.from_codes(component, names))
-    edges.insert(6, "side", pd.Categorical.from_codes(side, SIDES))
+    edges.insert(2, "upstream", table["component"].array[component])
+    edges.insert(6, "side", pd.array(SIDES, dtype="str")[side])
     edges["token"] = edges["dest"].where(side == 0, edges["src"])
     edges["weight"], edges["share"] = weight.cpu().numpy(), share.cpu().numpy()
     edges["up_layer"] = table["height"].to_numpy()[component]
     return edges.assign(down_layer=edges["layer"].astype(float))
 
 
-def _lists(chosen: Bool[Tensor, "pair r"]) -> pd.Series:
-    """The places of the true entries of each row, as a list."""
-    ends = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int().cpu().numpy()
-    places = chosen.nonzero()[:, 1].short().cpu().numpy()
-    lists = pa.ListArray.from_arrays(pa.array(ends), pa.array(places))
-    return pd.Series(pd.arrays.ArrowExtensionArray(lists))
+def index_lists(chosen: Bool[Tensor, "pair r"]) -> list[np.ndarray]:
+    """The places of the true entries of each row."""
+    ends = chosen.sum(1).cumsum(0).cpu().numpy()
+    return np.split(chosen.nonzero()[:, 1].cpu().numpy(), ends)[:-1]
 
 
 def _joined(pieces: list[Trace]) -> Trace:
