@@ -1,0 +1,243 @@
+"""An interactive graph in Altair: nodes in columns and layers, edges that a slider prunes."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from sparse_signals.charts.base import COLOURS, HIGHLIGHT, INK, finish, rounded
+from sparse_signals.charts.layout import BETWEEN, HALF, LETTER, Layout, place
+
+SHOWN = 40  # about as many edges as can be followed by eye
+NODE = "#596270"  # white letters are legible on it, and it stands out on white and on black
+FAINT = 0.12
+TALL = 600
+CLICK, OVER, OUT = (
+    f"@nodes_marks:{event}, @labels_marks:{event}"
+    for event in ("click", "pointerover", "pointerout")
+)
+NOTHING = (
+    "view:click[!event.item || event.item.mark.marktype === 'group'], "
+    "window:keydown[event.key === 'Escape']"
+)
+QUIET = "!(hover.node || pinned.node || chosen)"  # Vega expression: no node is active
+HOW = (
+    "Edges run upwards, from the component that writes to the head that reads. Point at a node "
+    "to see its edges, click to pin it (with Shift: several), Escape unpins."
+)
+LETTERS = (
+    "E: embedding, P: position, B: bias of the row; M and B with a number: MLP and bias of a layer."
+)
+
+Axes = tuple[dict[str, Any], dict[str, Any]]
+
+
+def draw(
+    table: pd.DataFrame,
+    columns: list[str],
+    units: tuple[str, str],
+    tips: list[alt.Tooltip],
+    title: str,
+) -> alt.TopLevelMixin:
+    """The graph of edges, its controls, title and description.
+
+    `table`: upstream, downstream, writer and reader (names of nodes), at and dest (their columns),
+    up_layer, down_layer, side, source, percent (what the slider prunes by), share (thickness),
+    lane, and what `tips` shows. `units` says what a column is, and what percent is.
+    """
+    nodes = _nodes(table)
+    layout = place(nodes, columns)
+    shown = [tip.shorthand.split(":")[0] for tip in tips]
+    kept = ["writer", "reader", "side", "source", "percent", "share", "lane", *shown]
+    data = rounded(table[list(dict.fromkeys(kept))])
+    axes = _axes(layout, units[0])
+    lines = _lines(_curves(data, layout), axes, tips)
+    boxes = _boxes(_touched(data, layout), axes)
+    chart = alt.layer(lines, *boxes, *_top_names(layout, axes))
+    chart = chart.add_params(*_controls(nodes, default_prune(table["percent"]), units[1]))
+    description = (
+        f"A graph of {len(nodes)} nodes and {len(table)} edges. Columns: {units[0]}; rows: layer, "
+        "the lowest first. A node is a component at a token and carries its name. Colour and "
+        "dashes tell on which side of the score an edge works; its thickness is its share of that "
+        f"side. A slider prunes edges by {units[1]}, a menu chooses a node. {title}."
+    )
+    chart = chart.properties(width=layout.width, height=layout.height)
+    return finish(chart, title, description, f"{HOW} {LETTERS}" if layout.brief else HOW)
+
+
+def default_prune(percents: pd.Series) -> int:
+    """The whole percentage that leaves about 40 edges; 0 when there are hardly more."""
+    if len(percents) <= SHOWN * 1.25:
+        return 0
+    kept = pd.Series({least: int((percents >= least).sum()) for least in range(101)})
+    return int((kept[kept > 0] - SHOWN).abs().idxmin())
+
+
+def _nodes(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per node: node, component, column, layer, and the strength of its best edge."""
+    names = ["node", "component", "column", "layer", "strength"]
+    ends = [
+        ["writer", "upstream", "at", "up_layer", "percent"],
+        ["reader", "downstream", "dest", "down_layer", "percent"],
+    ]
+    both = pd.concat([table[end].set_axis(names, axis=1) for end in ends])
+    return both.groupby(names[:-1], as_index=False)["strength"].max()
+
+
+def _selections() -> list[alt.Parameter]:
+    """Nodes that are pinned, and the node that is pointed at."""
+    pick = {"fields": ["node"], "empty": False}
+    return [
+        alt.selection_point(name="pinned", on=CLICK, clear=NOTHING, **pick),
+        alt.selection_point(name="hover", on=OVER, clear=OUT, **pick),
+    ]
+
+
+def _controls(nodes: pd.DataFrame, prune: int, unit: str) -> list[alt.Parameter]:
+    """The slider that prunes, and the menu of nodes for readers without a mouse."""
+    names = nodes.sort_values(["layer", "component", "column"])["node"].tolist()
+    slider = alt.binding_range(min=0, max=100, step=1, name=f"Edges of at least this {unit} ")
+    menu = alt.binding_select(
+        options=[None, *names], labels=["none", *names], name="Edges of node "
+    )
+    return [
+        alt.param(name="prune", value=prune, bind=slider),
+        alt.param(name="chosen", value=None, bind=menu),
+    ]
+
+
+def _axes(layout: Layout, title: str) -> Axes:
+    """Properties of both position channels: scales in pixels, names at the places of the layout."""
+    layers = {at: _layer_name(layer) for layer, at in layout.bands.items()}
+    columns = {at: name for name, at in layout.columns.items()}
+    free = {"labelOverlap": False, "grid": False}
+    x = alt.Axis(values=list(columns), labelExpr=_names(columns), **free)
+    x = alt.Axis(**x.to_dict(), labelAngle=-50) if _crowded(layout) else x
+    y = alt.Axis(values=list(layers), labelExpr=_names(layers), **free | {"grid": True})
+    across, up = (alt.Scale(domain=[0, size], nice=False) for size in (layout.width, layout.height))
+    return {"title": title, "axis": x, "scale": across}, {"title": "layer", "axis": y, "scale": up}
+
+
+def _crowded(layout: Layout) -> bool:
+    """Whether names of columns would touch when they are written side by side."""
+    places = layout.columns.values()
+    room = min((b - a for a, b in pairwise(places)), default=layout.width)
+    return any(len(name) * LETTER + BETWEEN > room for name in layout.columns)
+
+
+def _top_names(layout: Layout, axes: Axes) -> list[alt.Chart]:
+    """The names of the columns once more at the top of a graph that is taller than a screen."""
+    if layout.height <= TALL or _crowded(layout):
+        return []
+    names = pd.DataFrame({"name": list(layout.columns), "x": list(layout.columns.values())})
+    text = alt.Chart(names).mark_text(baseline="top", aria=False)
+    return [text.encode(alt.X("x:Q", **axes[0]), y=alt.value(0), text="name:N")]
+
+
+def _layer_name(layer: float) -> str:
+    """What stands on the axis of layers: a layer's heads, then its biases, then its MLP."""
+    return (
+        "input" if layer < 0 else {0.3: "bias", 0.5: "MLP"}.get(round(layer % 1, 1), f"{layer:g}")
+    )
+
+
+def _names(places: dict[int, str]) -> str:
+    """Vega expression: the name that stands at a place of an axis."""
+    return f"({json.dumps(places, ensure_ascii=False)})[datum.value]"
+
+
+def _active(field: str) -> str:
+    """Vega expression: the node in this field is pinned, pointed at or chosen."""
+    lists = ("hover.node || []", "pinned.node || []", "[chosen]")
+    return " || ".join(f"indexof({nodes}, datum.{field}) >= 0" for nodes in lists)
+
+
+def _visible(data: pd.DataFrame) -> alt.Chart:
+    """The edges that the slider leaves; `lit` ones end at an active node."""
+    lit = f"{_active('writer')} || {_active('reader')} ? 1 : 0"
+    return alt.Chart(data).transform_filter("datum.percent >= prune").transform_calculate(lit=lit)
+
+
+def _curves(data: pd.DataFrame, layout: Layout) -> alt.Chart:
+    """Four control points for each edge; within a column it bends to the side of its kind."""
+    places = alt.LookupData(
+        layout.nodes[["node", "x", "y", "column"]], "node", ["x", "y", "column"]
+    )
+    bend = "(min(24, 8 + (datum.y1 - datum.y0) / 10) + 6 * datum.lane)"
+    return (
+        _visible(data)
+        .transform_lookup("writer", places, as_=["x0", "y0", "column0"])
+        .transform_lookup("reader", places, as_=["x1", "y1", "column1"])
+        .transform_calculate(
+            bend="datum.column0 !== datum.column1 ? 6 * datum.lane : "
+            f"datum.side === 'source' ? {bend} : -{bend}"
+        )
+        .transform_calculate(
+            i="[0, 1, 2, 3]",
+            px="[datum.x0, datum.x0 + datum.bend, datum.x1 + datum.bend, datum.x1]",
+            py=f"[datum.y0 + {HALF}, (3 * datum.y0 + datum.y1) / 4, "
+            f"(datum.y0 + 3 * datum.y1) / 4, datum.y1 - {HALF}]",
+        )
+        .transform_flatten(["i", "px", "py"])
+    )
+
+
+def _lines(curves: alt.Chart, axes: Axes, tips: list[alt.Tooltip]) -> alt.Chart:
+    """The edges: colour and dashes for the side, thickness for the share of the score."""
+    colour = alt.Scale(domain=["destination", "source"], range=COLOURS[:2])
+    dash = alt.Scale(domain=["destination", "source"], range=[[1, 0], [5, 3]])
+    width = alt.Scale(type="linear", domainMin=0, range=[0.6, 4])
+    legend = alt.Legend(orient="top", symbolType="stroke", symbolSize=400)
+    share = alt.Legend(**legend.to_dict(), format=".0%", tickCount=3)
+    first = ["writer:N", "reader:N", "side:N", alt.Tooltip("source:N", title="attends to")]
+    return curves.mark_line(interpolate="basis", aria=False).encode(
+        alt.X("px:Q", **axes[0]),
+        alt.Y("py:Q", **axes[1]),
+        alt.Order("i:Q"),
+        alt.Color("side:N", scale=colour, title="writes at the", legend=legend),
+        alt.StrokeDash("side:N", scale=dash, title="writes at the", legend=legend),
+        alt.StrokeWidth("share:Q", scale=width, title="share of the score", legend=share),
+        detail=["writer:N", "reader:N", "lane:Q"],
+        opacity=alt.condition(f"datum.lit || {QUIET}", alt.value(0.85), alt.value(FAINT)),
+        tooltip=[*first, *tips],
+    )
+
+
+def _touched(data: pd.DataFrame, layout: Layout) -> alt.Chart:
+    """The nodes that visible edges touch, in their places."""
+    fields = ["label", "x", "y", "left", "right"]
+    places = alt.LookupData(layout.nodes[["node", *fields]], "node", fields)
+    return (
+        _visible(data)
+        .transform_fold(["writer", "reader"], as_=["end", "node"])
+        .transform_calculate(written="datum.end === 'writer' ? 1 : 0")
+        .transform_aggregate(edges="count()", out="sum(written)", lit="max(lit)", groupby=["node"])
+        .transform_lookup("node", places)
+        .transform_calculate(top=f"datum.y + {HALF}", bottom=f"datum.y - {HALF}")
+    )
+
+
+def _boxes(nodes: alt.Chart, axes: Axes) -> list[alt.Chart]:
+    """The nodes as boxes, and their labels."""
+    shared = {
+        "key": "node:N",  # the drawn node stays the same under the pointer
+        "tooltip": ["node:N", alt.Tooltip("edges:Q", title="edges shown"),
+                    alt.Tooltip("out:Q", title="of these, it writes")],
+    }  # fmt: skip
+    clear = f"datum.lit || {QUIET}"
+    boxes = nodes.mark_rect(cornerRadius=4, cursor="pointer").encode(
+        alt.X("left:Q", **axes[0]), alt.X2("right:Q"),
+        alt.Y("bottom:Q", **axes[1]), alt.Y2("top:Q"),
+        fill=alt.condition(_active("node"), alt.value(HIGHLIGHT), alt.value(NODE)),
+        fillOpacity=alt.condition(clear, alt.value(1), alt.value(FAINT)),
+        description="node:N", **shared,
+    )  # fmt: skip
+    labels = nodes.mark_text(fontSize=11, cursor="pointer", aria=False).encode(
+        alt.X("x:Q", **axes[0]), alt.Y("y:Q", **axes[1]), text="label:N",
+        fill=alt.condition(clear, alt.value("white"), alt.value(INK)),
+        opacity=alt.condition(clear, alt.value(1), alt.value(0.7)), **shared,
+    )  # fmt: skip
+    boxes = boxes.add_params(*_selections()).properties(name="nodes")
+    return [boxes, labels.properties(name="labels")]

@@ -1,0 +1,65 @@
+"""Circuits made up for the tests of charts and pages: deterministic, shaped like real ones."""
+
+import numpy as np
+import pandas as pd
+
+ROLES = ["other", "IO", "IO+1", "S1-1", "S1", "S1+1", "S2", "S2+1", "end"]
+PROMPTS = 256
+TOKENS = ["<|endoftext|>", " Mary", " and", " John", " went", " to", " the", " store", ",", " John",
+          " gave", " a", " drink", " to"]  # fmt: skip
+
+
+def components(layers: int, heads: int) -> dict[str, float]:
+    """Every component of a model, with its height in a chart."""
+    return (
+        {"embedding": -1.0, "position": -1.0, "bias row": -1.0}
+        | {f"{l}.{h}": float(l) for l in range(layers) for h in range(heads)}
+        | {f"bias {l}": l + 0.3 for l in range(layers)}
+        | {f"MLP {l}": l + 0.5 for l in range(layers)}
+    )
+
+
+def pooled_edges(n: int, layers: int = 4, heads: int = 6) -> pd.DataFrame:
+    """`n` edges of a circuit pooled over prompts: few are in most prompts, many in a few."""
+    rng, height = np.random.default_rng(0), components(layers, heads)
+    rows = set()
+    while len(rows) < n:
+        down = f"{rng.integers(layers)}.{rng.integers(heads)}"
+        writers = [name for name, at in height.items() if at < height[down]]
+        src, dest = sorted(rng.integers(len(ROLES), size=2))
+        rows.add((str(rng.choice(writers)), down, str(rng.choice(["dest", "src"])), dest, src))
+    table = pd.DataFrame(sorted(rows), columns=["upstream", "downstream", "side", "dest", "src"])
+    table["dest_role"], table["src_role"] = (
+        table[side].map(lambda i: ROLES[i]) for side in ("dest", "src")
+    )
+    table["role"] = table["dest_role"].where(table["side"] == "dest", table["src_role"])
+    weight = rng.gamma(2, 1, n)
+    return table.drop(columns=["dest", "src"]).assign(
+        up_layer=table["upstream"].map(height),
+        down_layer=table["downstream"].map(height),
+        prompts=np.maximum(1, (PROMPTS * rng.beta(0.5, 2, n)).astype(int)),
+        of=PROMPTS,
+        weight=weight,
+        low=weight * 0.8,
+        high=weight * 1.2,
+        share=rng.beta(2, 5, n),
+    )
+
+
+def prompt_edges(n: int) -> pd.DataFrame:
+    """`n` edges of the trace of one prompt, which is `TOKENS`."""
+    rng, height = np.random.default_rng(1), components(4, 6)
+    rows = set()
+    while len(rows) < n:
+        down = f"{rng.integers(4)}.{rng.integers(6)}"
+        writers = [name for name, at in height.items() if at < height[down]]
+        src, dest = sorted(int(x) for x in rng.choice(range(1, len(TOKENS)), 2, replace=False))
+        rows.add((str(rng.choice(writers)), down, str(rng.choice(["dest", "src"])), dest, src))
+    table = pd.DataFrame(sorted(rows), columns=["upstream", "downstream", "side", "dest", "src"])
+    return table.assign(
+        token=table["dest"].where(table["side"] == "dest", table["src"]),
+        weight=rng.gamma(2, 1, n),
+        share=rng.beta(1, 5, n),
+        up_layer=table["upstream"].map(height),
+        down_layer=table["downstream"].map(height),
+    )
