@@ -13,9 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import vl_convert
-
-from sparse_signals.mime import VEGA_LITE
+from sparse_signals.page import vega_script
 
 VENDOR = Path(__file__).parents[1] / "book" / "_static" / "vendor"
 
@@ -51,9 +49,7 @@ Everything else works. To typeset the formulas, install Node.js (https://nodejs.
 
 def vendor_vega(target: Path) -> None:
     """Write Vega, Vega-Lite and vega-embed as one script that defines only `vegaEmbed`."""
-    snippet = "window.vegaEmbed = vegaEmbed;"
-    bundle = vl_convert.javascript_bundle(snippet, vl_version=VEGA_LITE)
-    target.write_text(f"(() => {{{bundle}}})();\n", encoding="utf-8")
+    target.write_text(vega_script(), encoding="utf-8")
 
 
 def fetch(package: NpmPackage, target: Path) -> None:

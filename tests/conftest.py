@@ -1,6 +1,9 @@
-"""Fixtures shared by the tests: small random models of every supported kind, in float64."""
+"""Fixtures shared by the tests: small random models of every supported kind, and a browser."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers
@@ -20,6 +23,16 @@ SIZES = {
     "eos_token_id": 0,
 }
 ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OPTIONS = [  # works as root in a container, and asks no host for anything by itself
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:
@@ -79,3 +92,31 @@ def tokens() -> torch.Tensor:
 def mask(tokens: torch.Tensor) -> torch.Tensor:
     """Which of `tokens` are not padding: lengths 5 to 12."""
     return torch.arange(12) < torch.arange(5, 13)[:, None]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium without a window. Skips, with the reason, where there is none."""
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip("no Chromium here: no page was tested (sudo apt install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory):
+    """The source of axe-core, which checks pages for accessibility."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from vendor_assets import AXE, fetch
+
+    target = tmp_path_factory.mktemp("npm") / "axe-core"
+    try:
+        fetch(AXE, target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"accessibility was not tested: {error}")
+    return (target / "axe.min.js").read_text()

@@ -2,9 +2,6 @@
 
 import functools
 import http.server
-import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,16 +11,6 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_build" / "html"
 PAGES = sorted(str(p.relative_to(SITE)) for p in SITE.rglob("*.html") if "_static" not in p.parts)
 CHAPTERS = [f"book/{path.stem}.html" for path in sorted((ROOT / "book").glob("*.ipynb"))]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-OPTIONS = [  # works as root in a container, and asks no host for anything by itself
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 READY = """() => document.readyState === 'complete'
@@ -32,21 +19,7 @@ READY = """() => document.readyState === 'complete'
   && document.querySelectorAll('mjx-container').length
      >= document.querySelectorAll('.math.notranslate').length"""
 
-sys.path.insert(0, str(ROOT / "scripts"))
 pytestmark = pytest.mark.site
-
-
-@pytest.fixture(scope="session")
-def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("no Chromium here: the site was not tested (sudo apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -64,19 +37,6 @@ def host():
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.fixture(scope="session")
-def axe(tmp_path_factory):
-    """The source of axe-core, which checks pages for accessibility."""
-    from vendor_assets import AXE, fetch
-
-    target = tmp_path_factory.mktemp("npm") / "axe-core"
-    try:
-        fetch(AXE, target)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"accessibility was not tested: {error}")
-    return (target / "axe.min.js").read_text()
 
 
 class Visit:

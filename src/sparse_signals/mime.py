@@ -15,9 +15,9 @@ from docutils import nodes
 from myst_nb.core.render import MimeData, NbElementRenderer
 
 from sparse_signals.book import html_table
-from sparse_signals.charts.base import MIME
+from sparse_signals.charts.base import MIME, VEGA_LITE
+from sparse_signals.page import script_json
 
-VEGA_LITE = "6.4"  # the version scripts/vendor_assets.py bundles
 MAX_ROWS = 200
 MAX_TEXT = 60
 
@@ -40,7 +40,7 @@ class VegaLiteRenderer:
             renderer.logger.warning(f"{where} has no description", line=data.line)
         for order, script in enumerate(("vendor/vega.js", "charts.js")):
             renderer.add_js_file(f"chart_{order}", script, {"defer": "defer"})
-        text = json.dumps(spec, ensure_ascii=False)
+        text = script_json(spec)
         brush = ["chart-brush"] if '"type": "interval"' in text else []
         figure = nodes.container(classes=["chart", *brush])
         try:
@@ -65,8 +65,7 @@ def digest(content: bytes) -> str:
 
 
 def live(spec: str, datasets: dict[str, list[dict[str, Any]]]) -> str:
-    """The spec for `charts.js`, and the data behind the chart in a folded table."""
-    spec = spec.replace("<", "\\u003c")  # no text in the spec may close the script element
+    """The spec (from `script_json`) for `charts.js`, and the chart's data in a folded table."""
     tables = "".join(data_table(rows) for rows in datasets.values())
     return (
         f'<script type="application/json" class="chart-spec">{spec}</script>'

@@ -20,6 +20,8 @@ import pandas as pd
 MIME = "application/vnd.vegalite.v5+json"
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 
+VEGA_LITE = "6.4"  # what draws charts on pages: the bundle of vl-convert
+
 WIDTH = 560
 """Width in pixels of a chart that fills the text column."""
 
