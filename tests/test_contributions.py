@@ -9,6 +9,7 @@ from sparse_signals import nulls, signals
 from sparse_signals.contributions import (
     Settings,
     by_source,
+    contrast,
     contributions,
     read_weights,
     receiving,
@@ -162,3 +163,30 @@ def test_no_firing_gives_no_contribution(parts):
     weights, run, _ = parts
     none = signals.find_firings(run.attention, 1.1)
     assert contributions(weights, run, none).values.shape[0] == 0
+
+
+def test_contrast_sums_to_the_difference_of_two_scores(parts):
+    weights, run, pairs = parts
+    pairs = pairs[pairs.dest >= 3]
+    src = (pairs.src % pairs.dest) + 1 - (pairs.src == pairs.dest).long()
+    src = torch.where(src == pairs.src, src - 1, src)
+    other = signals.pairs_at(run.attention, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
+    found = contrast(weights, run, pairs, other)
+    assert found.error().max() < 1e-8 and len(pairs) > 50
+    gap = pairs.score - other.score
+    assert (found.total >= gap - 1e-9)[gap > 0].all()  # outvoted slices are left out
+
+
+def test_contrast_drops_what_raises_both_scores_alike(tiny_gpt2, tokens, mask):
+    weights, run, pairs = opened(tiny_gpt2, tokens, mask)
+    pairs = pairs[(pairs.layer == 2) & (pairs.src >= 2)]
+    other = signals.pairs_at(
+        run.attention, pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src - 1
+    )
+    found = contrast(weights, run, pairs, other, Settings(fraction=1.0))
+    bias = found.values[:, 1, -1]
+    assert bias.abs().max() < 1e-12  # the bias row of the keys is the same for both
+    parts = contributions(weights, run, pairs)
+    assert parts.values[:, 1, -1].abs().max() > 1e-3
+    same = contrast(weights, run, pairs, pairs)
+    assert same.values.abs().max() < 1e-12

@@ -229,6 +229,27 @@ def test_a_role_restricts_the_firings_of_a_root(ioi):
     assert traced.firings["error"].max() < 1e-9
 
 
+def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
+    model, batch = ioi
+    plain = trace(model, batch, [Root(1, 4, "end", "IO")])
+    sharp = trace(model, batch, [Root(1, 4, "end", "IO", "S1")])
+    assert sharp.firings["error"].max() < 1e-9
+    ours, theirs = (t.firings[t.firings["root"]] for t in (plain, sharp))
+    assert (ours[["prompt", "src"]].to_numpy() == theirs[["prompt", "src"]].to_numpy()).all()
+    top = sharp.edges[(sharp.edges["downstream"] == "1.4") & (sharp.edges["side"] == "dest")]
+    # on the model card, ablating 0.0 and 0.1 makes the movers blind to the difference
+    assert {"0.0", "0.1"} <= set(top["upstream"].value_counts().index[:4])
+    below = [
+        t.edges[t.edges["layer"] == 0].groupby(PLACE)["weight"].first() for t in (plain, sharp)
+    ]
+    common = below[0].index.intersection(below[1].index)
+    assert len(common) > 10 and (below[0][common] == below[1][common]).all()
+
+
+def test_roots_are_written_as_the_command_line_takes_them():
+    assert str(Root(9, 6)) == "9.6:end" and str(Root(9, 6, "end", "IO", "S1")) == "9.6:end:IO:S1"
+
+
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "table.txt"
     path.write_text("old")

@@ -110,12 +110,31 @@ def contributions(
     if settings.weighting == "norm":
         values = _output_norms(weights, run, pairs)
     else:
-        read = readers(weights, pairs, coords, chosen, settings.weighting)
-        values = torch.cat([_against_outputs(run, pairs, read), read[..., -1:]], dim=-1)
+        values = _values(run, pairs, readers(weights, pairs, coords, chosen, settings.weighting))
         if settings.bias_per_head:
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
     values = values * _counted(weights, pairs, settings.weighting)[:, None]
     return Contributions(values, (coords.slices * chosen).sum(-1), chosen)
+
+
+def contrast(
+    weights: Weights, run: Run, pairs: Pairs, other: Pairs, settings: Settings | None = None
+) -> Contributions:
+    """Why a destination prefers its source to another one: contributions to a_ij − a_ij'.
+
+    `other` has the same heads, prompts and destinations, and sources j'. Softmax sees only such
+    differences: what raises the scores of both sources alike drops out. Destination side:
+    x_c(i)/s_i against the difference of the sources' coordinates; source side: x_c(j)/s_j minus
+    x_c(j')/s_j'. Both sum to Σ_{k∈S} of the difference, whose support S is.
+    """
+    ours, theirs = (coordinates(weights.maps, run.attention, x) for x in (pairs, other))
+    difference = Coordinates(ours.dest, ours.src - theirs.src)
+    chosen = support(difference.slices, (settings or Settings()).fraction)
+    values = _values(run, pairs, readers(weights, pairs, difference, chosen))
+    aside = _values(run, other, readers(weights, other, ours, chosen))
+    values[:, 1] -= aside[:, 1]
+    values = values * _counted(weights, pairs, "exact")[:, None]
+    return Contributions(values, (difference.slices * chosen).sum(-1), chosen)
 
 
 def readers(
@@ -154,10 +173,10 @@ def _scale(run: Run, pairs: Pairs) -> Float[Tensor, "pair side"]:
     return run.scale[pairs.layer[:, None], pairs.prompt[:, None], receiving(pairs)].double()
 
 
-def _against_outputs(
+def _values(
     run: Run, pairs: Pairs, read: Float[Tensor, "pair side d1"]
 ) -> Float[Tensor, "pair side component"]:
-    """x_c(t)·w / s_t of every component of the residual stream.
+    """x_c(t)·w / s_t of every component of the residual stream, and last w's entry for the bias.
 
     Readers are sorted by token, so that the outputs there are fetched once for `ROWS` of them.
     """
@@ -177,7 +196,8 @@ def _against_outputs(
         tiles = w.new_zeros(len(here), ROWS, width)
         tiles[slot] = w[order[now]]
         values[order[now]] = (tiles @ run.outputs.flatten(0, 1)[here].mT)[slot]
-    return values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
+    values = values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
+    return torch.cat([values, read[..., -1:]], dim=-1)
 
 
 def _output_norms(weights: Weights, run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:

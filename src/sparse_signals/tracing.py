@@ -25,33 +25,13 @@ from sparse_signals.contributions import (
     receiving,
 )
 from sparse_signals.models import Model
-from sparse_signals.prompts import Batch, PromptError
+from sparse_signals.prompts import Batch
 from sparse_signals.residual import Run, logit_attribution, run_model
+from sparse_signals.roots import Root, TraceError, check_heads, matches, open_contrasts, place
 from sparse_signals.runs import chunked, run_key
 from sparse_signals.signals import Pairs, find_firings
 
 CHUNK_BYTES = 2**28  # what all components of a chunk of prompts wrote
-
-
-class TraceError(ValueError):
-    """A trace that cannot start, and why, in one line."""
-
-
-@dataclass(frozen=True)
-class Root:
-    """Firings that a trace starts from: a head, its destination and its source (None: any).
-
-    Places are roles ("end", "IO", …) or positions. "end" is the last token, named or not.
-    """
-
-    layer: int
-    head: int
-    dest: str | int = "end"
-    src: str | int | None = None
-
-    def __str__(self) -> str:
-        source = "" if self.src is None else f":{self.src}"
-        return f"{self.layer}.{self.head}:{self.dest}{source}"
 
 
 @dataclass(frozen=True)
@@ -85,9 +65,10 @@ def trace(
     With a folder, finished chunks are kept there, and a run that was cut off goes on after them.
     Raises TraceError for a root that is no head of the model or fires on no prompt, and
     PromptError for a role that the prompts do not have.
+    Source: Franco and Crovella 2024, section 5; exact shares and contrasts are this book's.
     """
     settings, weights = settings or Settings(), weights or read_weights(model)
-    _check_heads(model, roots)
+    check_heads(model, roots)
     if folder:
         folder = folder / run_key(model, batch, (settings, tuple(roots)))
     pieces = chunked(
@@ -117,7 +98,10 @@ def trace_rows(
     run = run_model(weights.model, batch.tokens[rows], batch.mask[rows])
     pairs = find_firings(run.attention, settings.level, settings.context)
     parts = contributions(weights, run, pairs, settings)
-    start = _starts(batch, rows, pairs, roots)
+    part = batch.rows(rows)
+    start = sum(matches(part, pairs, root).long() for root in roots)
+    if any(root.against is not None for root in roots):
+        parts = open_contrasts(weights, run, part, pairs, parts, roots, settings)
     return follow(weights, run, pairs, parts, start, settings, first_prompt=rows.start)
 
 
@@ -134,9 +118,7 @@ def follow(
     kept = kept_components(parts, settings)
     visits = _visits(weights, run, pairs, kept, start)
     reached = visits > 0
-    firings = (
-        pairs[reached].table().drop(columns="name").assign(name=pairs[reached].table()["name"])
-    )
+    firings = pairs[reached].table()
     firings["prompt"] += first_prompt
     firings["root"] = start[reached].cpu().numpy() > 0
     firings["visits"] = visits[reached].cpu().numpy()
@@ -221,44 +203,6 @@ def _joined(pieces: list[Trace]) -> Trace:
         edges.append(piece.edges.assign(firing=piece.edges["firing"] + before))
         before += len(piece.firings)
     return Trace(*(pd.concat(tables, ignore_index=True) for tables in (firings, edges)))
-
-
-# --- roots ---------------------------------------------------------------------------------------
-
-
-def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
-    """The position of a role, or a fixed position, in every prompt."""
-    if isinstance(where, int):
-        return torch.full((len(batch.tokens),), where)
-    if where == "end":
-        return batch.mask.sum(1) - 1
-    if where not in batch.roles:
-        known = ", ".join(batch.roles) or "end alone, since IO and S are not known"
-        raise PromptError(f"no role {where!r} in these prompts: they have {known}")
-    return batch.roles[where]
-
-
-def _starts(batch: Batch, rows: slice, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
-    """How many of the roots each firing matches."""
-    device, start = pairs.layer.device, torch.zeros_like(pairs.layer)
-    for root in roots:
-        match = (pairs.layer == root.layer) & (pairs.head == root.head)
-        match &= pairs.dest == place(batch, root.dest)[rows].to(device)[pairs.prompt]
-        if root.src is not None:
-            match &= pairs.src == place(batch, root.src)[rows].to(device)[pairs.prompt]
-        start += match
-    return start
-
-
-def _check_heads(model: Model, roots: Sequence[Root]) -> None:
-    if not roots:
-        raise TraceError("a trace needs at least one root")
-    for root in roots:
-        if not (0 <= root.layer < model.n_layers and 0 <= root.head < model.n_heads):
-            raise TraceError(
-                f"root {root} is no head of {model.name}, which has {model.n_layers} layers "
-                f"of {model.n_heads} heads, counted from 0.0"
-            )
 
 
 def _check_fired(traced: Trace, roots: Sequence[Root], settings: Settings) -> None:
