@@ -9,7 +9,7 @@ ABBA prompt the IO is named first, in a BABA prompt the subject is. The task is 
 import csv
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,28 +132,47 @@ def fill(text: str, slots: dict[str, str]) -> str:
 
 
 def read_prompts(path: str | Path, names: Sequence[str] = NAMES) -> pd.DataFrame:
+    """Read prompts with two names each: `read_texts`, then `with_names`."""
+    return with_names(read_texts(path), names)
+
+
+def read_texts(path: str | Path) -> pd.DataFrame:
     """Read prompts from a .txt file (one a line) or a .csv file (text and, if known, io and s).
 
-    Where io and s are missing they are inferred: of `names`, the one that comes twice is the
-    subject and the other, that comes once, the indirect object.
-    Raises PromptError for another kind of file, an empty one, or a prompt without such names.
+    Raises PromptError for another kind of file, one that is no UTF-8 text, and an empty one.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".csv"):
         raise PromptError(f"prompts come from a .txt or .csv file, not {path.name}")
     if not path.is_file():
         raise PromptError(f"no such file: {path}")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [{"text": x} for x in file]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            csv_file = path.suffix == ".csv"
+            rows = list(csv.DictReader(file)) if csv_file else [{"text": line} for line in file]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PromptError(f"{path.name} is not a {path.suffix} file in UTF-8: {error}") from error
     rows = [row | {"text": (row.get("text") or "").strip()} for row in rows]
     rows = [row for row in rows if row["text"]]
     if not rows:
         raise PromptError(f"{path.name} holds no prompts (a .csv file needs a column 'text')")
-    return pd.DataFrame([row | _infer_names(row, names) for row in rows])
+    if wide := [row["text"] for row in rows if None in row]:
+        raise PromptError(f"{path.name}: a text with commas needs quotes around it: {wide[0]!r} …")
+    return pd.DataFrame(rows)
+
+
+def with_names(prompts: pd.DataFrame, names: Sequence[str] = NAMES) -> pd.DataFrame:
+    """The prompts with columns io and s, inferred where they are missing, and then order.
+
+    Of `names`, the one that comes twice is the subject and the other, that comes once, the
+    indirect object. Raises PromptError for a prompt without such names.
+    """
+    return pd.DataFrame([row | _infer_names(row, names) for row in prompts.to_dict("records")])
 
 
 def _infer_names(row: dict, names: Sequence[str]) -> dict:
-    if row.get("io") and row.get("s"):
+    given = [row.get("io"), row.get("s")]
+    if all(isinstance(name, str) and name for name in given):
         return {}
     found = [word for word in re.findall(r"\w+", row["text"]) if word in names]
     twice = [name for name in dict.fromkeys(found) if found.count(name) == 2]
@@ -201,7 +220,10 @@ def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if tokenizer.unk_token_id in ids:
         words = re.findall(r"\w+|[^\w\s]+", text)
         unknown = [word for word in words if _is_unknown(word, tokenizer)]
-        raise PromptError(f"not in the vocabulary: {', '.join(unknown) or 'a special token'}")
+        raise PromptError(
+            f"not in the vocabulary: {', '.join(unknown) or 'a special token'} "
+            f"(the model knows {len(tokenizer):,} words)"
+        )
     return ids
 
 
@@ -210,7 +232,7 @@ def _is_unknown(word: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     return all(tokenizer.unk_token_id in ids for ids in forms)
 
 
-def _check_lengths(rows: list[list[int]], texts: Sequence[str], max_length: int) -> None:
+def _check_lengths(rows: list[list[int]], texts: Iterable[str], max_length: int) -> None:
     for row, text in zip(rows, texts, strict=True):
         if len(row) > max_length:
             raise PromptError(f"{len(row)} tokens, the limit is {max_length}: {text[:60]!r} …")

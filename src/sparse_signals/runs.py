@@ -2,12 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from sparse_signals.models import Model
@@ -37,10 +39,25 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(aside, index=False)
 
 
+def stream_parquet(tables: Iterable[pd.DataFrame], path: Path) -> None:
+    """Write tables of the same columns as one, with no more than one of them in memory."""
+    tables = iter(tables)
+    for first in tables:
+        if len(first):  # without rows, a column of lists has no type
+            break
+    with atomic(path) as aside:
+        first = pa.Table.from_pandas(first, preserve_index=False)
+        with pq.ParquetWriter(aside, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
+
+
 def run_key(model: Model, batch: Batch, settings: object) -> str:
-    """A name for a run by its content: weights, tokens and settings. Same key, same results."""
-    digest = sha256(repr(settings).encode())
-    for tensor in (*model.bridge.parameters(), batch.tokens, batch.mask):
+    """A name for a run by its content: weights, tokens, roles, settings. Same key, same results."""
+    digest = sha256(repr((settings, sorted(batch.roles))).encode())
+    roles = [batch.roles[role] for role in sorted(batch.roles)]
+    for tensor in (*model.bridge.parameters(), batch.tokens, batch.mask, *roles):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
