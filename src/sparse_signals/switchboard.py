@@ -1,0 +1,280 @@
+"""Chapter 5: a model with a switch at every edge into a query or a key.
+
+An edge leads from an upstream component to the query ("dest") or key ("src") input of a head, at
+the tokens of one role. Open, it carries what the component writes in this very run, downstream of
+whatever was changed; closed, it carries what the component wrote at such a token of reference
+prompts. Only attention is switched: values, MLPs and the read-out always see the residual stream of
+the run, so what is tested is *where heads look*, and all that follows from it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.circuits import roles_of
+from sparse_signals.heads import QKForms, qk_forms
+from sparse_signals.interventions import rotate
+from sparse_signals.models import Model
+from sparse_signals.prompts import Batch, PromptError
+from sparse_signals.residual import Writers, component_table, rotation, run_model, writers
+
+ABLATIONS = ("mean", "resample")
+INTACT = "intact"
+CHUNK_BYTES = 2**26  # what all components of a chunk of prompts wrote; a gradient keeps many copies
+
+
+@dataclass(frozen=True)
+class Switchboard:
+    """A model, the prompts it runs on, and what its closed edges carry.
+
+    A token has one role here, its set of roles ("IO+1, S1-1"); `role` numbers them. Role 0 is
+    "intact": the first token, to which no firing is traced, and padding. A closed edge carries
+    `ablated[row]` of its token. `scale` divides the inputs of queries and keys; None: recomputed.
+    """
+
+    model: Model
+    forms: QKForms
+    out: Writers
+    components: pd.DataFrame
+    batch: Batch
+    roles: tuple[str, ...]
+    role: Int[Tensor, "prompt pos"]
+    ablated: Float[Tensor, "row component d"]
+    row: Int[Tensor, "prompt pos"]
+    scale: Float[Tensor, "layer prompt pos"] | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """logit(IO) − logit(S) at the last token, and where every head looked."""
+
+    difference: Float[Tensor, "prompt"]
+    pattern: Float[Tensor, "layer prompt head dest src"]
+
+
+def switchboard(
+    model: Model,
+    batch: Batch,
+    reference: Batch,
+    ablation: str = "mean",
+    freeze_norms: bool = False,
+    seed: int = 0,
+) -> Switchboard:
+    """Run the reference prompts, and keep what closed edges carry.
+
+    "mean": the mean over all reference tokens of the same role, which keeps what the role alone
+    implies. "resample": what was written at one such token, drawn for every token of the batch,
+    which may contradict what the open edges say. A "third" name in the reference (nobody is
+    repeated) stands in for S2.
+    With `freeze_norms`, inputs of queries and keys are divided by the scale of the unchanged run
+    instead of their own. Source: Wang et al. 2023, section 4 (mean).
+    Raises PromptError where names are not known, or where the reference lacks a role.
+    """
+    if ablation not in ABLATIONS:
+        raise ValueError(f"ablation must be one of {ABLATIONS}, not {ablation!r}")
+    if batch.io is None or batch.s is None:
+        raise PromptError("running a circuit needs prompts with two names, IO and S")
+    roles = (INTACT, *sorted({name for row in token_roles(batch) for name in row} - {INTACT}))
+    role, of = (role_numbers(prompts, roles).to(model.device) for prompts in (batch, reference))
+    for n in range(len(roles)):
+        if not (of == n).any():
+            raise PromptError(f"no token of the reference prompts has role {roles[n]!r}")
+    if ablation == "mean":
+        ablated, row = _means(model, reference, of, len(roles)), role
+    else:
+        ablated, row = _drawn(model, reference, of, role, seed)
+    forms, out = qk_forms(model), writers(model)
+    A, B = (x.to(model.device, model.dtype) for x in (forms.A, forms.B))
+    scale = _scales(model, batch) if freeze_norms else None
+    table = component_table(model)[:-1]
+    return Switchboard(
+        model, QKForms(A, B, forms.scale), out, table, batch, roles, role, ablated, row, scale
+    )
+
+
+def token_roles(batch: Batch) -> list[list[str]]:
+    """The role of every token: its roles as one name, "other", or "intact"."""
+    names = [[INTACT] * batch.tokens.shape[1] for _ in range(len(batch.tokens))]
+    table = roles_of(batch)
+    table["role"] = table["role"].str.replace("third", "S2")
+    joined = table.groupby(["prompt", "pos"])["role"].agg(lambda x: ", ".join(sorted(x)))
+    for (prompt, pos), role in joined[joined.index.get_level_values("pos") > 0].items():
+        names[prompt][pos] = role
+    return names
+
+
+def role_numbers(batch: Batch, roles: tuple[str, ...]) -> Int[Tensor, "prompt pos"]:
+    """Which of some roles every token has, −1 for none of them."""
+    number = {role: n for n, role in enumerate(roles)}
+    return torch.tensor([[number.get(name, -1) for name in row] for row in token_roles(batch)])
+
+
+def chunks(model: Model, batch: Batch) -> list[slice]:
+    """Prompts that are run together: what their components write fits into `CHUNK_BYTES`."""
+    prompts, length = batch.tokens.shape
+    components = 2 + model.n_layers * (model.n_heads + 2)
+    size = length * components * model.d_model * model.dtype.itemsize
+    step = max(1, CHUNK_BYTES // size)
+    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+
+
+def _written(model: Model, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+    for rows in chunks(model, batch):
+        yield rows, run_model(model, batch.tokens[rows], batch.mask[rows]).outputs
+
+
+def _means(
+    model: Model, reference: Batch, role: Int[Tensor, "ref refpos"], roles: int
+) -> Float[Tensor, "role component d"]:
+    total: Tensor | float = 0.0
+    count = torch.bincount(role[role >= 0], minlength=roles).to(model.dtype)
+    for rows, outputs in _written(model, reference):
+        known = role[rows] >= 0
+        zeros = outputs.new_zeros(roles, *outputs.shape[2:])
+        total = total + zeros.index_add(0, role[rows][known], outputs[known])
+    return total / count[:, None, None]
+
+
+def _drawn(
+    model: Model,
+    reference: Batch,
+    of: Int[Tensor, "ref refpos"],
+    role: Int[Tensor, "prompt pos"],
+    seed: int,
+) -> tuple[Float[Tensor, "row component d"], Int[Tensor, "prompt pos"]]:
+    """For every token a random one of the same role, and what was written there."""
+    noise = torch.rand(role.shape, generator=torch.Generator().manual_seed(seed)).to(role.device)
+    order = of.flatten().argsort(stable=True)
+    start = torch.searchsorted(of.flatten()[order], role)
+    count = torch.searchsorted(of.flatten()[order], role, right=True) - start
+    drawn = order[start + (noise * count).long()]
+    used, row = drawn.unique(return_inverse=True)
+    length, pieces = of.shape[1], []
+    for rows, outputs in _written(model, reference):
+        here = used[(used >= rows.start * length) & (used < rows.stop * length)]
+        pieces.append(outputs.flatten(0, 1)[here - rows.start * length])
+    return torch.cat(pieces), row
+
+
+def _scales(model: Model, batch: Batch) -> Float[Tensor, "layer prompt pos"]:
+    rows = chunks(model, batch)
+    return torch.cat([run_model(model, batch.tokens[r], batch.mask[r]).scale for r in rows], dim=1)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def run_switched(
+    board: Switchboard, gate: Float[Tensor, "role layer head side component"]
+) -> Outcome:
+    """Run all prompts. The input of head h's query at a token is Σ_c g·x_c + (1 − g)·ablated_c.
+
+    g is the gate of (role of the token, h, "dest", c), x_c what c writes in this run. Keys are
+    alike. With all gates 1 this is the model as it is. Costs about a forward pass.
+    """
+    with torch.no_grad():
+        outcomes = [run_rows(board, gate, rows) for rows in chunks(board.model, board.batch)]
+    difference = torch.cat([outcome.difference for outcome in outcomes])
+    return Outcome(difference, torch.cat([outcome.pattern for outcome in outcomes], dim=1))
+
+
+def run_rows(
+    board: Switchboard, gate: Float[Tensor, "role layer head side component"], rows: slice
+) -> Outcome:
+    """As `run_switched`, for some of the prompts; can be differentiated with respect to gates."""
+    model, role, row = board.model, board.role[rows], board.row[rows]
+    gate = torch.cat([torch.ones_like(gate[:1]), gate[1:]])
+    parts = [_embedded(model, board.batch.tokens[rows].to(model.device))]
+    x, before, gaps, patterns = parts[0].sum(2), 0, [], []
+    closed = torch.zeros_like(x)
+    for layer, block in enumerate(model.bridge.blocks):
+        ablated = board.ablated[:, before : before + parts[-1].shape[2]][row]
+        gaps.append(parts[-1] - ablated)
+        closed, before = closed + ablated.sum(2), before + ablated.shape[2]
+        inputs = _mixed(gate[:, layer, ..., :before][role], gaps, closed)
+        scale = None if board.scale is None else board.scale[layer, rows]
+        patterns.append(_attention(board, layer, inputs, scale))
+        heads = _moved(board, layer, patterns[-1], x)
+        bias = board.out.bias[layer].expand_as(x)
+        x = x + heads.sum(2) + bias
+        mlp = block.mlp(block.ln2(x))
+        x = x + mlp
+        parts.append(torch.cat([heads, bias.unsqueeze(2), mlp.unsqueeze(2)], dim=2))
+    return Outcome(_difference(model, board.batch.rows(rows), x), torch.stack(patterns))
+
+
+def _embedded(
+    model: Model, tokens: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt pos component d"]:
+    words = model.bridge.embed.W_E[tokens]
+    if model.rotary:
+        return words.unsqueeze(2)
+    places = model.bridge.pos_embed.W_pos[: tokens.shape[1]]
+    return torch.stack([words, places.expand_as(words)], dim=2)
+
+
+def _mixed(
+    gate: Float[Tensor, "prompt pos head side component"],
+    gaps: list[Float[Tensor, "prompt pos _ d"]],
+    closed: Float[Tensor, "prompt pos d"],
+) -> Float[Tensor, "prompt pos head side d"]:
+    """What queries and keys read: all edges closed, plus the gap of every open one."""
+    rows = gate.flatten(0, 1).flatten(1, 2)
+    mixed = closed.flatten(0, 1).unsqueeze(1).expand(-1, rows.shape[1], -1)
+    shares = rows.split([gap.shape[2] for gap in gaps], dim=-1)
+    for share, gap in zip(shares, gaps, strict=True):
+        mixed = torch.baddbmm(mixed, share, gap.flatten(0, 1))
+    return mixed.view(*gate.shape[:4], -1)
+
+
+def _attention(
+    board: Switchboard,
+    layer: int,
+    x: Float[Tensor, "prompt pos head side d"],
+    scale: Float[Tensor, "prompt pos"] | None,
+) -> Float[Tensor, "prompt head dest src"]:
+    model, length = board.model, x.shape[1]
+    if scale is None:
+        square = x.square().mean(-1)
+        if not model.bridge.ln_final.uses_rms_norm:
+            square = square - x.mean(-1).square()
+        scale = (square + model.bridge.cfg.eps).sqrt()
+    else:
+        scale = scale[:, :, None, None].expand(x.shape[:-1])
+    factors = torch.stack([board.forms.A[layer], board.forms.B[layer]])
+    y = torch.einsum("pthsd,shdr->sphtr", x, factors[:, :, :-1])
+    y = y / scale.permute(3, 0, 2, 1).unsqueeze(-1) + factors[:, None, :, -1:]
+    if model.rotary:
+        cos, sin = rotation(model, torch.arange(length, device=x.device))
+        y = rotate(y, cos.to(y.dtype), sin.to(y.dtype))
+    scores = y[0] @ y[1].mT / board.forms.scale[layer].to(y)
+    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def _moved(
+    board: Switchboard,
+    layer: int,
+    pattern: Float[Tensor, "prompt head dest src"],
+    x: Float[Tensor, "prompt pos d"],
+) -> Float[Tensor, "prompt pos head d"]:
+    """What the heads of a layer write: values without bias, which is part of the output bias."""
+    block = board.model.bridge.blocks[layer]
+    v = torch.einsum("ptd,hdr->phtr", block.ln1(x), block.attn.W_V)
+    z = pattern @ v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("phtr,hrd->pthd", z, board.out.W_O[layer])
+
+
+def _difference(
+    model: Model, batch: Batch, x: Float[Tensor, "prompt pos d"]
+) -> Float[Tensor, "prompt"]:
+    last = torch.arange(len(x), device=x.device), (batch.mask.sum(1) - 1).to(x.device)
+    unembed = model.bridge.unembed
+    io, s = batch.io.to(x.device), batch.s.to(x.device)
+    columns = unembed.W_U[:, io] - unembed.W_U[:, s]
+    read = (model.bridge.ln_final(x[last].unsqueeze(1))[:, 0] * columns.T).sum(-1)
+    return read + unembed.b_U[io] - unembed.b_U[s]
