@@ -1,49 +1,27 @@
-"""Speed of chapters 1 to 3 as ratios measured in one run, on a GPT-2-small-sized random model.
+"""Speed of the method as ratios measured in one run, on a GPT-2-small-sized random model.
 
-    python benchmarks/bench.py [--prompts 256]
+    python benchmarks/bench.py [--prompts 256] [--growth]
 
 Naive code is timed on a sample and scaled; the table says how large the sample was.
 """
 
 import argparse
 import resource
-import tempfile
-import time
 
+import bench_tracing
 import pandas as pd
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from common import LENGTH, clock, load_random, ratios
 
 from sparse_signals import signals
 from sparse_signals.heads import head_svd, qk_forms, read_attention
 from sparse_signals.models import logits
 
-LENGTH = 17
 TARGETS = {
     "dense SVD of 144 heads / thin-QR SVD": (">=", 20),
     "loop over pairs and vectors / batched firings, slices, supports": (">=", 100),
     "firings, slices, supports / forward pass": ("<=", 0.25),
 }
-
-
-def clock(function, repeats=3):
-    """Best wall time of a few calls, and the last result."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - start)
-    return min(times), result
-
-
-def random_gpt2_small(directory):
-    """Random weights, with queries and keys sharp enough for some forty firings a prompt."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config())
-    width = model.config.n_embd
-    for block in model.transformer.h:
-        block.attn.c_attn.weight.data[:, : 2 * width] *= 1.6
-    model.save_pretrained(directory)
 
 
 def find_everything(attention, svd):
@@ -85,11 +63,7 @@ def _loop_pair(attention, svd, prompt, layer, head, i, j):
 
 def measure(prompts):
     """One row per ratio."""
-    from sparse_signals.models import load_model
-
-    with tempfile.TemporaryDirectory() as directory:
-        random_gpt2_small(directory)
-        model = load_model(directory)
+    model = load_random()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(50257, (prompts, LENGTH), generator=generator)
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -109,17 +83,23 @@ def measure(prompts):
         f"{sample} prompts timed, scaled to {prompts}; {len(sizes)} pairs",
         f"{prompts} prompts of {LENGTH} tokens, {len(pairs)} firings",
     ]
-    table = pd.DataFrame(seconds, columns=["over", "under"], index=list(TARGETS))
-    table["ratio"] = table["over"] / table["under"]
-    table["target"] = [f"{sign} {value}" for sign, value in TARGETS.values()]
-    return table.assign(note=notes)
+    return ratios(TARGETS, seconds, notes)
+
+
+def show(table):
+    """Print a table in full."""
+    with pd.option_context("display.width", 200, "display.max_colwidth", 80):
+        print(table.rename(columns={"over": "over (s)", "under": "under (s)"}).round(3).to_string())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=256)
-    table = measure(parser.parse_args().prompts)
-    with pd.option_context("display.width", 200, "display.max_colwidth", 80):
-        print(table.rename(columns={"over": "over (s)", "under": "under (s)"}).round(3).to_string())
+    parser.add_argument("--growth", action="store_true", help="traces of 64 to 4,096 prompts")
+    options = parser.parse_args()
+    if options.growth:
+        show(bench_tracing.growth())
+    else:
+        show(pd.concat([measure(options.prompts), bench_tracing.measure(options.prompts)]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.1f} GiB, {torch.get_num_threads()} threads")

@@ -34,7 +34,8 @@ ROWS = 8  # readers of one token that are multiplied by its components at once
 class Settings:
     """How to trace. The defaults are this book's; chapter 4 varies them.
 
-    level, context: what counts as a firing (`signals.find_firings`). fraction: f of the support.
+    level, context: what counts as a firing (`signals.find_firings`). fraction: f of the support,
+    None for every slice, so that nothing is filtered.
     share: a side keeps its largest contributions until their sum exceeds this share of the total.
     weighting: "exact" (all components, shares of the score in softmax units), "published" (heads
     only, √σ weights, unscaled), or "norm" (heads by the length of their output: a baseline).
@@ -43,7 +44,7 @@ class Settings:
 
     level: float = 0.5
     context: bool = False
-    fraction: float = 1.0
+    fraction: float | None = 1.0
     share: float = 0.7
     weighting: str = "exact"
     bias_per_head: bool = False
@@ -52,8 +53,10 @@ class Settings:
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, not {self.weighting!r}")
         for name in ("level", "fraction", "share"):
-            above_one = getattr(self, name) > 1 and not (name == "level" and self.context)
-            if getattr(self, name) <= 0 or above_one:
+            value = getattr(self, name)
+            if name == "fraction" and value is None:
+                continue
+            if value <= 0 or (value > 1 and not (name == "level" and self.context)):
                 raise ValueError(f"{name} must be above 0 and at most 1")
 
 
@@ -106,7 +109,7 @@ def contributions(
     """
     settings = settings or Settings()
     coords = coordinates(weights.maps, run.attention, pairs)
-    chosen = support(coords.slices, settings.fraction)
+    chosen = _chosen(coords, settings)
     if settings.weighting == "norm":
         values = _output_norms(weights, run, pairs)
     else:
@@ -129,12 +132,18 @@ def contrast(
     """
     ours, theirs = (coordinates(weights.maps, run.attention, x) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
-    chosen = support(difference.slices, (settings or Settings()).fraction)
+    chosen = _chosen(difference, settings or Settings())
     values = _values(run, pairs, readers(weights, pairs, difference, chosen))
     aside = _values(run, other, readers(weights, other, ours, chosen))
     values[:, 1] -= aside[:, 1]
     values = values * _counted(weights, pairs, "exact")[:, None]
     return Contributions(values, (difference.slices * chosen).sum(-1), chosen)
+
+
+def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
+    if settings.fraction is None:
+        return torch.ones_like(coords.dest, dtype=torch.bool)
+    return support(coords.slices, settings.fraction)
 
 
 def readers(
@@ -226,7 +235,7 @@ def by_source(
     A_tj (v_j W_O)·w / s_t for every head and j ≤ t: over j it sums to the head's contribution.
     """
     coords = coordinates(weights.maps, run.attention, pairs)
-    chosen = support(coords.slices, (settings or Settings()).fraction)
+    chosen = _chosen(coords, settings or Settings())
     read = readers(weights, pairs, coords, chosen) / _scale(run, pairs)[..., None]
     W_O = writers(weights.model).W_O.double()
     heard = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)

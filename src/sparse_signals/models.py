@@ -186,13 +186,19 @@ def activations(
 
 
 def logits(
-    model: Model, tokens: Int[Tensor, "prompt pos"], at: Int[Tensor, "prompt"] | None = None
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    at: Int[Tensor, "prompt"] | None = None,
+    hooks: Collection[tuple[str, Callable[..., Any]]] = (),
 ) -> Float[Tensor, "prompt vocab"]:
-    """Logits at one position of each prompt (the last one unless `at` says which)."""
+    """Logits at one position of each prompt (the last one unless `at` says which).
+
+    Hooks are TransformerLens hooks, run on every batch of prompts.
+    """
     if at is None:
         at = torch.full((len(tokens),), tokens.shape[1] - 1)
     at = at.to(model.device)
-    runs = [_run(model, batch, at[rows]) for rows, batch in _batches(model, tokens)]
+    runs = [_run(model, batch, at[rows], hooks) for rows, batch in _batches(model, tokens)]
     return torch.cat(runs)
 
 
@@ -226,7 +232,7 @@ def _run(
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
     at: Int[Tensor, "prompt"],
-    hooks: Collection[tuple[str, Callable[..., None]]] = (),
+    hooks: Collection[tuple[str, Callable[..., Any]]] = (),
 ) -> Float[Tensor, "prompt vocab"]:
     def pick(value: Tensor, hook: Any) -> Tensor:  # unembed one position only, it is expensive
         return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)

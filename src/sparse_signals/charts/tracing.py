@@ -1,0 +1,215 @@
+"""Charts of chapter 4: one firing opened up, what carries scores, and how steady a trace is."""
+
+import altair as alt
+import pandas as pd
+
+from sparse_signals.charts.attention import percent
+from sparse_signals.charts.base import (
+    WIDTH,
+    colour_and_dash,
+    colour_and_shape,
+    finish,
+)
+
+SIDES = {"dest": "destination side", "src": "source side"}
+SETTINGS = {
+    "level": "attention from which a head fires",
+    "share": "share of a side that is kept",
+    "fraction": "share f of the score in the support",
+}
+INTERVAL = ["value:Q", "low:Q", "high:Q"]
+
+
+def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLevelMixin:
+    """Contributions to one firing, from all slices and from the support alone; a menu for the side.
+
+    Columns: component, side, slices ("all slices", "the support"), weight, kept (bool). The `most`
+    largest of each side are drawn.
+    """
+    size = table["weight"].abs().groupby([table["side"], table["component"]]).transform("max")
+    rank = size.groupby(table["side"]).rank(method="dense", ascending=False)
+    shown = table[rank <= most].assign(side=lambda t: t["side"].map(SIDES), size=size)
+    kinds = ["the support", "all slices"]
+    order = alt.EncodingSortField("size", op="max", order="descending")
+    pick = alt.selection_point(
+        fields=["side"], value=SIDES["dest"], empty=False, on="click",
+        bind={"side": alt.binding_radio(options=list(SIDES.values()), name="side ")},
+    )  # fmt: skip
+    bars = alt.Chart(shown).transform_filter(pick).mark_bar().encode(
+        alt.X("weight:Q").title("contribution, softmax units"),
+        alt.Y("component:N").title(None).sort(order),
+        alt.YOffset("slices:N").sort(kinds),
+        alt.Color("slices:N").title("counted over").scale(domain=kinds),
+        alt.Opacity("kept:N").title("kept as an edge").scale(domain=[True, False], range=[1, 0.4]),
+        tooltip=["component:N", "slices:N", alt.Tooltip("weight:Q", format=".3f"), "kept:N"],
+    )  # fmt: skip
+    chart = bars.add_params(pick).properties(width=WIDTH - 180, height=alt.Step(9))
+    sums = table.groupby("slices")["weight"].agg(lambda x: x.abs().sum())
+    kept = table[table["kept"]].groupby("side")["component"].nunique()
+    return finish(
+        chart,
+        f"{what}: {kept.get('dest', 0)} components are kept on the destination side and "
+        f"{kept.get('src', 0)} on the source side; the support changes the sum of all "
+        f"magnitudes by {percent(sums['the support'] / sums['all slices'] - 1)}",
+        "Bar chart: for each upstream component its contribution to the score of one firing, once "
+        "from the slices in the support and once from all slices. Kept components are filled, "
+        "the others pale. Radio buttons choose the side.",
+    )
+
+
+def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """What carries scores, by layer of the head; a menu for the side.
+
+    Columns: layer, side, kind, share, low, high.
+    """
+    table = table.assign(side=table["side"].map(SIDES))
+    pick = alt.selection_point(
+        fields=["side"], value=SIDES["dest"], empty=False, on="click",
+        bind={"side": alt.binding_radio(options=list(SIDES.values()), name="side ")},
+    )  # fmt: skip
+    kinds = list(dict.fromkeys(table["kind"]))
+    base = alt.Chart(table).transform_filter(pick).encode(
+        alt.X("layer:O").title("layer of the head that fires").axis(labelAngle=0),
+        alt.XOffset("kind:N").sort(kinds),
+        alt.Color("kind:N").title("written by").scale(domain=kinds),
+    )  # fmt: skip
+    bars = base.mark_point(filled=True, size=50).encode(
+        alt.Y("share:Q").title("mean share of the side").axis(format=".0%"),
+        alt.Shape("kind:N").title("written by").scale(domain=kinds),
+        tooltip=["layer:O", "kind:N", *(alt.Tooltip(f"{c}:Q", format=".1%")
+                                        for c in ("share", "low", "high"))],
+    )  # fmt: skip
+    rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    above = table[table["layer"] > table["layer"].min()]
+    heads = above[above["kind"] == "head"]["share"].mean()
+    chart = (rules + bars).add_params(pick).properties(width=WIDTH - 140, height=260)
+    return finish(
+        chart,
+        f"Above the first layer, heads carry {percent(heads)} of a side on average; a trace "
+        "over heads alone leaves the rest unexplained",
+        "Dot plot with intervals: for heads of each layer the mean share of their scores that was "
+        "written by embeddings, positions, heads, MLPs and biases. Radio buttons choose the side.",
+    )
+
+
+def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """Overlap with the default trace as one setting changes; a menu chooses the setting.
+
+    Columns: setting, x, value (overlap), low, high, edges (a prompt), weighting.
+    """
+    menu = alt.binding_select(
+        options=list(SETTINGS), labels=list(SETTINGS.values()), name="setting "
+    )
+    pick = alt.param(name="setting", value="share", bind=menu)
+    base = alt.Chart(table).transform_filter("datum.setting == setting").encode(
+        alt.X("x:Q").title("value of the setting").scale(zero=False),
+        **colour_and_dash("weighting:N", "weighting"),
+    )  # fmt: skip
+    band = base.mark_area(opacity=0.2, strokeWidth=0).encode(y="low:Q", y2="high:Q")
+    tip = ["weighting:N", "x:Q", *(alt.Tooltip(c, format=".2f") for c in INTERVAL)]
+    line = base.mark_line(point=True).encode(
+        alt.Y("value:Q").title("overlap with the default trace").scale(domain=[0, 1]),
+        tooltip=[*tip, alt.Tooltip("edges:Q", format=".1f", title="edges a prompt")],
+    )
+    below = base.mark_line(point=True).encode(
+        alt.Y("edges:Q").title("edges a prompt").scale(zero=True),
+        tooltip=[*tip, alt.Tooltip("edges:Q", format=".1f", title="edges a prompt")],
+    )
+    chart = alt.vconcat(
+        (band + line).properties(width=WIDTH - 150, height=180),
+        below.properties(width=WIDTH - 150, height=110),
+    )
+    lowest = table.groupby("setting")["value"].min()
+    worst, best = lowest.idxmin(), lowest.idxmax()
+    return finish(
+        chart.add_params(pick),
+        f"A trace depends most on the {SETTINGS[worst]} (overlap down to {lowest[worst]:.2f}), "
+        f"least on the {SETTINGS[best]} (down to {lowest[best]:.2f})",
+        "Two line charts over the values of one setting: above, the overlap of the edges with the "
+        "default trace, with a 95 % band; below, the number of edges a prompt. A menu chooses "
+        "the setting; colours and dashes are the two weightings.",
+    )
+
+
+def dots(table: pd.DataFrame, row: str, what: str, title: str, axis: str) -> alt.TopLevelMixin:
+    """A dot with its interval for each row. Columns: `row`, value, low, high."""
+    rows = list(dict.fromkeys(table[row]))
+    base = alt.Chart(table).encode(alt.Y(f"{row}:N").title(None).sort(rows))
+    points = base.mark_point(filled=True, size=70).encode(
+        alt.X("value:Q").title(axis).scale(zero=True),
+        tooltip=[f"{row}:N", *(alt.Tooltip(c, format=".3g") for c in INTERVAL)],
+    )
+    rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    chart = (rules + points).properties(width=WIDTH - 240, height=alt.Step(24))
+    return finish(chart, title, f"Dot plot with 95 % intervals: {what}.")
+
+
+def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin:
+    """Why a score is high, and why it is higher than another; a menu for the slices counted.
+
+    Columns: component, question ("why look at IO", "why IO rather than S1"), slices, share, low,
+    high. The chart opens on the first of the slices.
+    """
+    size = table["share"].abs().groupby(table["component"]).transform("max")
+    shown = table.assign(size=size)[size.rank(method="dense", ascending=False) <= most]
+    order = alt.EncodingSortField("size", op="max", order="descending")
+    questions, slices = (list(dict.fromkeys(table[c])) for c in ("question", "slices"))
+    menu = alt.binding_radio(options=slices, name="counted over ")
+    pick = alt.param(name="slices", value=slices[0], bind=menu)
+    base = alt.Chart(shown).transform_filter("datum.slices == slices").encode(
+        alt.Y("component:N").title(None).sort(order), alt.YOffset("question:N").sort(questions)
+    )  # fmt: skip
+    rules = base.mark_rule(strokeWidth=2).encode(
+        alt.Color("question:N").title("question").scale(domain=questions), x="low:Q", x2="high:Q"
+    )
+    points = base.mark_point(filled=True, size=60).encode(
+        alt.X("share:Q").title("share of the score, or of the difference").axis(format=".0%"),
+        **colour_and_shape("question:N", "question"),
+        tooltip=["component:N", "question:N", *(alt.Tooltip(f"{c}:Q", format=".1%")
+                                                for c in ("share", "low", "high"))],
+    )  # fmt: skip
+    first = table[table["slices"] == slices[0]].sort_values("share", ascending=False)
+    first = first.drop_duplicates("question").set_index("question").loc[questions]
+    said = "; ".join(f"{q}: {r['component']} ({percent(r['share'])})" for q, r in first.iterrows())
+    return finish(
+        (rules + points).add_params(pick).properties(width=WIDTH - 200, height=alt.Step(11)),
+        f"Head {head}, destination side, {slices[0]}. {said[0].upper()}{said[1:]}",
+        "Dot plot with intervals: for each upstream component its share of the score of a head at "
+        "the indirect object, and its share of the difference to the score at the subject. "
+        "Radio buttons choose which slices are counted.",
+    )
+
+
+def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """Trace against ablation, one point a head; a menu chooses the trace.
+
+    Columns: name, trace, share (of prompts with the head in the trace), effect, low, high, rho,
+    p (of the trace's rank correlation with |effect|).
+    """
+    traces = list(dict.fromkeys(table["trace"]))
+    pick = alt.param(
+        name="trace", value=traces[0], bind=alt.binding_select(options=traces, name="trace ")
+    )
+    base = alt.Chart(table).transform_filter("datum.trace == trace").encode(
+        alt.X("share:Q").title("in the trace, share of prompts").axis(format=".0%")
+    )  # fmt: skip
+    points = base.mark_point(filled=True, size=50).encode(
+        alt.Y("effect:Q").title("change of the logit difference when ablated"),
+        tooltip=["name:N", alt.Tooltip("share:Q", format=".0%"),
+                 *(alt.Tooltip(f"{c}:Q", format=".2f") for c in ("effect", "low", "high"))],
+    )  # fmt: skip
+    rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    names = base.transform_filter("abs(datum.effect) > 0.25 || datum.share > 0.5")
+    names = names.mark_text(align="left", dx=6, dy=-5).encode(y="effect:Q", text="name:N")
+    zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(y="zero:Q")
+    facts = table.drop_duplicates("trace").set_index("trace")
+    said = ", ".join(f"{name} ρ = {row['rho']:.2f}" for name, row in facts.iterrows())
+    clear = int(((facts["p"] < 0.05) & (facts["rho"] > 0)).sum())
+    return finish(
+        (zero + rules + points + names).add_params(pick).properties(width=WIDTH - 60, height=280),
+        f"Heads in more traces have larger effects when ablated, beyond chance, in {clear} of "
+        f"{len(facts)} kinds of trace: {said}",
+        "Scatter plot, one point a head: across, the share of prompts whose trace has the head; "
+        "upwards, the change of the logit difference when the head is ablated, with intervals. "
+        "Heads that stand out are named. A menu chooses the trace.",
+    )
