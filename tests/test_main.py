@@ -24,6 +24,7 @@ from sparse_signals.models import load_model
 from sparse_signals.roots import Root
 
 SHIPPED = Path(models.__file__).parent / "assets" / "gpt2-ioi"
+BOOK = Path(__file__).parents[1] / "book"
 WORDS = 304  # that the shipped tokenizer knows
 NAMED = "Then, Tom and Kate left the park and Tom gave a ring to"
 NAMELESS = "Then, the bus left and it was late"
@@ -114,12 +115,27 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_examples_of_the_help_are_understood():
+def examples():
+    """What the help and the page in the book tell people to type."""
     text = "\n".join((cli.EXAMPLES, cli.SIGNALS_EXAMPLES, cli.TRACE_EXAMPLES))
-    examples = re.findall(r"^  sparse-signals (.*)$", text, re.MULTILINE)
-    assert len(examples) > 9
-    for example in examples:
+    page = (BOOK / "command-line.md").read_text(encoding="utf-8")
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+    found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)
+    return sorted(set(found))
+
+
+def test_examples_are_understood():
+    assert len(examples()) >= 10
+    for example in examples():
         assert cli.make_parser().parse_args(shlex.split(example)).command in ("signals", "trace")
+
+
+@pytest.mark.parametrize(
+    "example", [x for x in examples() if not re.search("--(model|prompts)", x)]
+)
+def test_examples_on_the_shipped_model_run(example, said, no_page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(example)[0] == 0
 
 
 def test_documented_columns_are_those_of_the_files(said, out, no_page):
@@ -128,7 +144,7 @@ def test_documented_columns_are_those_of_the_files(said, out, no_page):
     assert ", ".join(columns) in " ".join(cli.SIGNALS.split()).replace(
         " (singular pairs, from 0)", ""
     )
-    page = (Path(__file__).parents[1] / "book" / "command-line.md").read_text(encoding="utf-8")
+    page = (BOOK / "command-line.md").read_text(encoding="utf-8")
     for name in ("firings", "edges", "circuit"):
         section = page.split(f"## {name}.parquet")[1].split("\n## ")[0]
         documented = [cell for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -161,6 +177,7 @@ def test_signals_are_those_of_the_library(said, out, ioi):
     assert lists(table["support"]) == [row.nonzero().flatten().tolist() for row in chosen]
     assert table["error"].max() < 1e-12
     assert code == 0 and f"8 prompts: {len(table):,} firings" in output
+    assert f"worst error of the sums: {table['error'].max():.1e}" in output
     assert str(out / "firings.parquet") in output and "100%" in error
     assert [path.name for path in out.iterdir()] == ["firings.parquet"]
 

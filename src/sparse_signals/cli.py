@@ -52,7 +52,7 @@ examples:
   sparse-signals trace --ioi 32 --top 2
   sparse-signals trace --root 1.4 --root 1.5 --out movers
   sparse-signals trace --firing 1.4:end:IO
-  sparse-signals trace --prompt "Then, Tom and Kate left the park and Tom gave a ring to" --root 1.4
+  sparse-signals trace --root 1.5 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
 
 Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2 (the one that
 comes twice), S1+1 (the token after S1), end (the last token; the only role without names).

@@ -275,10 +275,11 @@ def write_trace(job: Job, traced: Trace, circuit: Circuit) -> list[Path]:
 
 
 def _summary(job: Job, found: str, errors: pd.Series, paths: Sequence[Path]) -> str:
-    seconds = time.perf_counter() - job.started
-    lines = [f"{job.model.name}, {len(job.batch.tokens):,} prompts: {found}, in {seconds:.1f} s"]
+    seconds, n = time.perf_counter() - job.started, len(job.batch.tokens)
+    prompts = f"{n:,} prompt{'s' if n > 1 else ''}"
+    lines = [f"{job.model.name}, {prompts}: {found}, in {seconds:.1f} s"]
     if len(errors):
-        lines.append(f"worst error of the sums: {fmt(errors.max(), 2)}, relative")
+        lines.append(f"worst error of the sums: {errors.max():.1e}, relative")
     return "\n".join([*lines, "written:", *(f"  {path}" for path in paths)])
 
 
