@@ -59,6 +59,14 @@ def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
     return match
 
 
+def pairs_named(run: Run, batch: Batch, root: Root) -> Pairs:
+    """The pair that a root with a source names, in every prompt, whether it fires or not."""
+    number = torch.arange(len(batch.tokens))
+    layer, head = (torch.full_like(number, x) for x in (root.layer, root.head))
+    places = (layer, number, head, place(batch, root.dest), place(batch, root.src))
+    return pairs_at(run.attention, *(x.to(run.tokens.device) for x in places))
+
+
 def open_contrasts(
     weights: Weights,
     run: Run,

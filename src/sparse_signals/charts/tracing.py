@@ -7,7 +7,6 @@ from sparse_signals.charts.attention import percent
 from sparse_signals.charts.base import (
     WIDTH,
     colour_and_dash,
-    colour_and_shape,
     finish,
 )
 
@@ -29,6 +28,7 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     size = table["weight"].abs().groupby([table["side"], table["component"]]).transform("max")
     rank = size.groupby(table["side"]).rank(method="dense", ascending=False)
     shown = table[rank <= most].assign(side=lambda t: t["side"].map(SIDES), size=size)
+    shown["edge"] = shown["kept"].map({True: "yes", False: "no"})
     kinds = ["the support", "all slices"]
     order = alt.EncodingSortField("size", op="max", order="descending")
     pick = alt.selection_point(
@@ -40,17 +40,19 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
         alt.Y("component:N").title(None).sort(order),
         alt.YOffset("slices:N").sort(kinds),
         alt.Color("slices:N").title("counted over").scale(domain=kinds),
-        alt.Opacity("kept:N").title("kept as an edge").scale(domain=[True, False], range=[1, 0.4]),
-        tooltip=["component:N", "slices:N", alt.Tooltip("weight:Q", format=".3f"), "kept:N"],
+        alt.Opacity("edge:O").title("kept as an edge").scale(domain=["yes", "no"], range=[1, 0.4]),
+        tooltip=["component:N", "slices:N", alt.Tooltip("weight:Q", format=".3f"), "edge:O"],
     )  # fmt: skip
     chart = bars.add_params(pick).properties(width=WIDTH - 180, height=alt.Step(9))
     sums = table.groupby("slices")["weight"].agg(lambda x: x.abs().sum())
     kept = table[table["kept"]].groupby("side")["component"].nunique()
+    change = sums["the support"] / sums["all slices"] - 1
+    said = f"{percent(abs(change))} {'larger' if change > 0 else 'smaller'}"
     return finish(
         chart,
         f"{what}: {kept.get('dest', 0)} components are kept on the destination side and "
-        f"{kept.get('src', 0)} on the source side; the support changes the sum of all "
-        f"magnitudes by {percent(sums['the support'] / sums['all slices'] - 1)}",
+        f"{kept.get('src', 0)} on the source side; over the support the magnitudes "
+        f"add up to a sum {said} than over all slices",
         "Bar chart: for each upstream component its contribution to the score of one firing, once "
         "from the slices in the support and once from all slices. Kept components are filled, "
         "the others pale. Radio buttons choose the side.",
@@ -105,7 +107,9 @@ def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
         alt.X("x:Q").title("value of the setting").scale(zero=False),
         **colour_and_dash("weighting:N", "weighting"),
     )  # fmt: skip
-    band = base.mark_area(opacity=0.2, strokeWidth=0).encode(y="low:Q", y2="high:Q")
+    band = base.mark_area(opacity=0.2).encode(
+        y="low:Q", y2="high:Q", strokeDash=alt.StrokeDashValue([1, 0])
+    )
     tip = ["weighting:N", "x:Q", *(alt.Tooltip(c, format=".2f") for c in INTERVAL)]
     line = base.mark_line(point=True).encode(
         alt.Y("value:Q").title("overlap with the default trace").scale(domain=[0, 1]),
@@ -159,12 +163,12 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     base = alt.Chart(shown).transform_filter("datum.slices == slices").encode(
         alt.Y("component:N").title(None).sort(order), alt.YOffset("question:N").sort(questions)
     )  # fmt: skip
-    rules = base.mark_rule(strokeWidth=2).encode(
-        alt.Color("question:N").title("question").scale(domain=questions), x="low:Q", x2="high:Q"
-    )
+    colour = alt.Color("question:N").title("question").scale(domain=questions)
+    rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
     points = base.mark_point(filled=True, size=60).encode(
+        colour,
         alt.X("share:Q").title("share of the score, or of the difference").axis(format=".0%"),
-        **colour_and_shape("question:N", "question"),
+        alt.Shape("question:N").title("question").scale(domain=questions),
         tooltip=["component:N", "question:N", *(alt.Tooltip(f"{c}:Q", format=".1%")
                                                 for c in ("share", "low", "high"))],
     )  # fmt: skip
