@@ -374,6 +374,8 @@ def test_swapped_names_are_another_run(said, out, tmp_path, monkeypatch, no_page
         ("trace --root=-1.4", "'-1.4' is no head"),
         ("trace --firing 1.4", "'1.4' is no firing: write layer.head:destination"),
         ("trace --firing 1.4:end:", "'1.4:end:' is no firing"),
+        ("trace --firing 1.4:end:IO:S1:S2", "'1.4:end:IO:S1:S2' is no firing"),
+        ("signals --fraction every", "'every' is not a number"),
         ("trace --firing x:end", "'x' is no head"),
         ("trace --top 2 --root 1.4", "--top chooses the roots: leave it out"),
         ("trace --level x", "--level: 'x' is not a number"),

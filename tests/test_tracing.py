@@ -199,6 +199,13 @@ def test_roots_that_cannot_be_traced_say_why(tiny_gpt2, batch, roots, message):
         trace(tiny_gpt2, batch, roots, LEVEL)
 
 
+def test_each_root_must_fire_not_its_head_alone(tiny_gpt2, batch):
+    root = roots_of(tiny_gpt2, batch)[0]
+    silent = replace(root, dest=0)  # the first token sees no other
+    with pytest.raises(TraceError, match=rf"never fires .*: {silent}; choose"):
+        trace(tiny_gpt2, batch, [root, silent], LEVEL)
+
+
 def test_unknown_role_says_which_there_are(tiny_gpt2, batch):
     with pytest.raises(PromptError, match="no role 'IO' in these prompts: they have end alone"):
         trace(tiny_gpt2, batch, [Root(2, 0, src="IO")], LEVEL)

@@ -52,6 +52,7 @@ examples:
   sparse-signals trace --ioi 32 --top 2
   sparse-signals trace --root 1.4 --root 1.5 --out movers
   sparse-signals trace --firing 1.4:end:IO
+  sparse-signals trace --firing 1.4:end:IO:S1 --fraction all
   sparse-signals trace --root 1.5 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
 
 Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2 (the one that
@@ -171,11 +172,12 @@ def _add_roots(trace: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--firing",
-        metavar="L.H:DEST[:SRC]",
+        metavar="L.H:DEST[:SRC[:OTHER]]",
         type=firing,
         action="append",
         default=[],
-        help="firings with this destination and source, roles or positions; may be repeated",
+        help="firings with this destination and source, roles or positions; with OTHER, opened by "
+        "the difference to the score of that source; may be repeated",
     )
     group.add_argument(
         "--top",
@@ -203,9 +205,9 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fraction",
         metavar="F",
-        type=number,
+        type=fraction,
         default=1.0,
-        help="share of the score that a support exceeds (default: 1)",
+        help="share of the score that a support exceeds, or all, for every slice (default: 1)",
     )
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     group.add_argument(
@@ -251,6 +253,11 @@ def number(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float | None:
+    """A number, or None for "all"."""
+    return None if text == "all" else number(text)
+
+
 def count(text: str) -> int:
     """A whole number from 1."""
     if not text.isdecimal() or int(text) == 0:
@@ -267,9 +274,9 @@ def root(text: str) -> tuple[int, int]:
 
 
 def firing(text: str) -> tuple[int | str, ...]:
-    """Layer, head, destination and, if given, source of "9.6:end:IO" or "9.6:14:3"."""
+    """Layer, head and places of "9.6:end", "9.6:end:IO", "9.6:14:3" or "9.6:end:IO:S1"."""
     head, *places = text.split(":")
-    if not 1 <= len(places) <= 2 or not all(places):
+    if not 1 <= len(places) <= 3 or not all(places):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no firing: write layer.head:destination or layer.head:destination:source,"
             " as in 9.6:end:IO"

@@ -78,7 +78,7 @@ def trace(
         progress=progress,
     )
     traced = _joined([Trace(**piece) for piece in pieces])
-    _check_fired(traced, roots, settings)
+    _check_fired(traced, batch, roots, settings)
     return traced
 
 
@@ -205,14 +205,25 @@ def _joined(pieces: list[Trace]) -> Trace:
     return Trace(*(pd.concat(tables, ignore_index=True) for tables in (firings, edges)))
 
 
-def _check_fired(traced: Trace, roots: Sequence[Root], settings: Settings) -> None:
-    fired = set(traced.firings.loc[traced.firings["root"], "name"])
-    silent = [str(root) for root in roots if f"{root.layer}.{root.head}" not in fired]
+def _check_fired(traced: Trace, batch: Batch, roots: Sequence[Root], settings: Settings) -> None:
+    silent = [str(root) for root in roots if not _fired(traced, batch, root)]
     if silent:
         raise TraceError(
             f"never fires on these prompts (attention of at least {settings.level:g}): "
             f"{', '.join(silent)}; choose another root or lower the level"
         )
+
+
+def _fired(traced: Trace, batch: Batch, root: Root) -> bool:
+    rows = traced.firings[traced.firings["name"] == f"{root.layer}.{root.head}"]
+    prompt = torch.tensor(rows["prompt"].tolist(), dtype=torch.long)
+    places = {"dest": root.dest, "src": root.src}
+    match = [
+        rows[end].to_numpy() == place(batch, where)[prompt].numpy()
+        for end, where in places.items()
+        if where is not None
+    ]
+    return bool(np.logical_and.reduce(match).any())
 
 
 def strongest_roots(
