@@ -173,7 +173,7 @@ def curves(
     A ranking that has fewer edges than a size is run whole. Source: Wang et al. 2023, section 4.
     """
     closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
-    rows, draws = [], _draws(len(closed.difference), repeats, seed)
+    rows, draws = [], prompt_draws(len(closed.difference), repeats, seed)
     for method, ranking in tqdm(rankings.items(), disable=not progress, unit="method"):
         longest = max(map(len, ranking))
         for size in sorted({min(size, longest) for size in sizes}):
@@ -197,7 +197,7 @@ def _none() -> Int[Tensor, "0"]:
     return torch.zeros(0, dtype=torch.long)
 
 
-def _draws(prompts: int, repeats: int, seed: int) -> Float[np.ndarray, "sample prompt"]:
+def prompt_draws(prompts: int, repeats: int, seed: int) -> Float[np.ndarray, "sample prompt"]:
     """How often each prompt is drawn: once, then in every bootstrap sample."""
     drawn = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, repeats)
     return np.vstack([np.ones(prompts), drawn])
@@ -259,7 +259,7 @@ def minimality(
     run a group. Source: Wang et al. 2023, section 4.
     """
     closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
-    draws = _draws(len(closed.difference), repeats, seed)
+    draws = prompt_draws(len(closed.difference), repeats, seed)
     whole = run_switched(board, gates(board, edges)).difference
     rows = []
     for key, group in edge_table(board, edges).groupby(list(by), sort=False):

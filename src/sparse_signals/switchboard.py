@@ -188,7 +188,7 @@ def run_rows(
     """As `run_switched`, for some of the prompts; can be differentiated with respect to gates."""
     model, role, row = board.model, board.role[rows], board.row[rows]
     gate = torch.cat([torch.ones_like(gate[:1]), gate[1:]])
-    parts = [_embedded(model, board.batch.tokens[rows].to(model.device))]
+    parts = [embedded(model, board.batch.tokens[rows].to(model.device))]
     x, before, gaps, patterns = parts[0].sum(2), 0, [], []
     closed = torch.zeros_like(x)
     for layer, block in enumerate(model.bridge.blocks):
@@ -196,25 +196,20 @@ def run_rows(
         gaps.append(parts[-1] - ablated)
         closed, before = closed + ablated.sum(2), before + ablated.shape[2]
         inputs = _mixed(gate[:, layer, ..., :before][role], gaps, closed)
-        scale = None if board.scale is None else board.scale[layer, rows]
-        patterns.append(_attention(board, layer, inputs, scale))
-        heads = _moved(board, layer, patterns[-1], x)
+        scale = norm_scale(model, inputs)
+        if board.scale is not None:
+            scale = board.scale[layer, rows][:, :, None, None].expand_as(scale)
+        q, k = queries_and_keys(model, board.forms, layer, inputs, scale)
+        patterns.append(attend(q, k, board.forms.scale[layer]))
+        z = patterns[-1] @ values(model, layer, block.ln1(x))
+        heads = torch.einsum("phtr,hrd->pthd", z, board.out.W_O[layer])
         bias = board.out.bias[layer].expand_as(x)
         x = x + heads.sum(2) + bias
         mlp = block.mlp(block.ln2(x))
         x = x + mlp
         parts.append(torch.cat([heads, bias.unsqueeze(2), mlp.unsqueeze(2)], dim=2))
-    return Outcome(_difference(model, board.batch.rows(rows), x), torch.stack(patterns))
-
-
-def _embedded(
-    model: Model, tokens: Int[Tensor, "prompt pos"]
-) -> Float[Tensor, "prompt pos component d"]:
-    words = model.bridge.embed.W_E[tokens]
-    if model.rotary:
-        return words.unsqueeze(2)
-    places = model.bridge.pos_embed.W_pos[: tokens.shape[1]]
-    return torch.stack([words, places.expand_as(words)], dim=2)
+    final = model.bridge.ln_final(x)
+    return Outcome(name_difference(model, board.batch.rows(rows), final), torch.stack(patterns))
 
 
 def _mixed(
@@ -231,50 +226,71 @@ def _mixed(
     return mixed.view(*gate.shape[:4], -1)
 
 
-def _attention(
-    board: Switchboard,
+# --- steps of a forward pass ---------------------------------------------------------------------
+
+
+def embedded(
+    model: Model, tokens: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt pos component d"]:
+    """What the components before the first layer write: embedding and, if learned, position."""
+    words = model.bridge.embed.W_E[tokens]
+    if model.rotary:
+        return words.unsqueeze(2)
+    places = model.bridge.pos_embed.W_pos[: tokens.shape[1]]
+    return torch.stack([words, places.expand_as(words)], dim=2)
+
+
+def norm_scale(model: Model, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
+    """What a normalisation divides by: √(mean square + ε), of x less its mean for LayerNorm."""
+    square = x.square().mean(-1)
+    if not model.bridge.ln_final.uses_rms_norm:
+        square = square - x.mean(-1).square()
+    return (square + model.bridge.cfg.eps).sqrt()
+
+
+def queries_and_keys(
+    model: Model,
+    forms: QKForms,
     layer: int,
     x: Float[Tensor, "prompt pos head side d"],
-    scale: Float[Tensor, "prompt pos"] | None,
-) -> Float[Tensor, "prompt head dest src"]:
-    model, length = board.model, x.shape[1]
-    if scale is None:
-        square = x.square().mean(-1)
-        if not model.bridge.ln_final.uses_rms_norm:
-            square = square - x.mean(-1).square()
-        scale = (square + model.bridge.cfg.eps).sqrt()
-    else:
-        scale = scale[:, :, None, None].expand(x.shape[:-1])
-    factors = torch.stack([board.forms.A[layer], board.forms.B[layer]])
+    scale: Float[Tensor, "prompt pos head side"],
+) -> Float[Tensor, "side prompt head pos r"]:
+    """Queries and keys, rotated if rotary, from an input of their own for every head and side."""
+    factors = torch.stack([forms.A[layer], forms.B[layer]])
     y = torch.einsum("pthsd,shdr->sphtr", x, factors[:, :, :-1])
     y = y / scale.permute(3, 0, 2, 1).unsqueeze(-1) + factors[:, None, :, -1:]
     if model.rotary:
-        cos, sin = rotation(model, torch.arange(length, device=x.device))
+        cos, sin = rotation(model, torch.arange(x.shape[1], device=x.device))
         y = rotate(y, cos.to(y.dtype), sin.to(y.dtype))
-    scores = y[0] @ y[1].mT / board.forms.scale[layer].to(y)
-    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    return y
+
+
+def attend(
+    q: Float[Tensor, "prompt head pos r"],
+    k: Float[Tensor, "prompt head pos r"],
+    divisor: Float[Tensor, ""],
+) -> Float[Tensor, "prompt head dest src"]:
+    """softmax_j q_i·k_j / √r over j ≤ i."""
+    scores = q @ k.mT / divisor.to(q)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
-def _moved(
-    board: Switchboard,
-    layer: int,
-    pattern: Float[Tensor, "prompt head dest src"],
-    x: Float[Tensor, "prompt pos d"],
-) -> Float[Tensor, "prompt pos head d"]:
-    """What the heads of a layer write: values without bias, which is part of the output bias."""
-    block = board.model.bridge.blocks[layer]
-    v = torch.einsum("ptd,hdr->phtr", block.ln1(x), block.attn.W_V)
-    z = pattern @ v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
-    return torch.einsum("phtr,hrd->pthd", z, board.out.W_O[layer])
+def values(
+    model: Model, layer: int, hidden: Float[Tensor, "prompt pos d"]
+) -> Float[Tensor, "prompt head pos r"]:
+    """Values of every query head, without their bias: that is part of the output bias."""
+    W_V = model.bridge.blocks[layer].attn.W_V
+    v = torch.einsum("ptd,hdr->phtr", hidden, W_V)
+    return v.repeat_interleave(model.n_heads // len(W_V), dim=1)
 
 
-def _difference(
-    model: Model, batch: Batch, x: Float[Tensor, "prompt pos d"]
+def name_difference(
+    model: Model, batch: Batch, final: Float[Tensor, "prompt pos d"]
 ) -> Float[Tensor, "prompt"]:
-    last = torch.arange(len(x), device=x.device), (batch.mask.sum(1) - 1).to(x.device)
-    unembed = model.bridge.unembed
-    io, s = batch.io.to(x.device), batch.s.to(x.device)
+    """logit(IO) − logit(S) at the last token, from the output of the final normalisation."""
+    unembed, device = model.bridge.unembed, final.device
+    last = torch.arange(len(final), device=device), (batch.mask.sum(1) - 1).to(device)
+    io, s = batch.io.to(device), batch.s.to(device)
     columns = unembed.W_U[:, io] - unembed.W_U[:, s]
-    read = (model.bridge.ln_final(x[last].unsqueeze(1))[:, 0] * columns.T).sum(-1)
-    return read + unembed.b_U[io] - unembed.b_U[s]
+    return (final[last] * columns.T).sum(-1) + unembed.b_U[io] - unembed.b_U[s]

@@ -1,0 +1,147 @@
+"""Chapter 5: how many ways lead from the embeddings to a root, and how much goes through them.
+
+In the graph of a trace an edge leads from what a component wrote at a token to one side of a
+firing, and a firing is what its head wrote at the destination. Paths that share no edge can be cut
+only one by one; the smallest cut says how much.
+"""
+
+from collections.abc import Hashable, Iterator
+from itertools import pairwise
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+
+from sparse_signals.prompts import Batch
+from sparse_signals.switchboard import token_roles
+from sparse_signals.tracing import Trace
+
+ENDS = ("embedding", "position")
+SOURCE = "embeddings"
+UNITS = 10**6  # capacities are whole numbers of these: flows of floats may not terminate
+PLACE = ["prompt", "name", "dest", "src"]
+
+
+def flow_graph(edges: pd.DataFrame) -> nx.DiGraph:
+    """The graph of the edges of one prompt, from `SOURCE` to ("firing", number).
+
+    Edges of the trace have capacity (their share of the side, in `UNITS`), single (1) and edge
+    (their label in the table). Other links, of a firing with its sides and with what its head
+    wrote, have neither: they can carry anything.
+    """
+    graph = nx.DiGraph()
+    for label, row in edges.iterrows():
+        side = ("side", row["firing"], row["side"])
+        written = ("written", row["upstream"], row["token"])
+        share = max(1, round(row["share"] * UNITS))
+        graph.add_edge(written, side, capacity=share, single=1, edge=label)
+        graph.add_edge(side, ("firing", row["firing"]))
+        graph.add_edge(("firing", row["firing"]), ("written", row["downstream"], row["dest"]))
+        if row["upstream"] in ENDS:
+            graph.add_edge(SOURCE, written)
+    return graph
+
+
+def disjoint_paths(traced: Trace) -> pd.DataFrame:
+    """Paths from the embeddings to every root firing: how many, and how much they carry.
+
+    One row a root firing: prompt, name, dest, src, paths (the most that share no edge, Menger),
+    flow (the most that can flow if each edge carries its share, equal to the smallest cut; each
+    side of the root takes at most 1) and cut (edges in that cut). Paths that end in an MLP, a bias
+    or a head that did not fire lead to no embedding.
+    """
+    rows = []
+    for firing, graph in _roots(traced):
+        sink = ("firing", firing["firing"])
+        paths = nx.maximum_flow_value(graph, SOURCE, sink, capacity="single")
+        cut = _cut(graph, sink)
+        flow = sum(graph.edges[link]["capacity"] for link in cut) / UNITS
+        rows.append([*(firing[name] for name in PLACE), paths, flow, len(cut)])
+    return pd.DataFrame(rows, columns=[*PLACE, "paths", "flow", "cut"])
+
+
+def min_cuts(traced: Trace) -> pd.DataFrame:
+    """The edges of the smallest cut before every root firing: rows of the trace, and its `root`."""
+    parts = [traced.edges.iloc[:0].assign(root=0)]
+    for firing, graph in _roots(traced):
+        sink = ("firing", firing["firing"])
+        labels = [graph.edges[link]["edge"] for link in _cut(graph, sink)]
+        parts.append(traced.edges.loc[sorted(labels)].assign(root=firing["firing"]))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _roots(traced: Trace) -> Iterator[tuple[pd.Series, nx.DiGraph]]:
+    """Every root firing with the graph of its prompt, in which source and firing are nodes."""
+    roots = traced.firings[traced.firings["root"]]
+    graphs = {key: flow_graph(edges) for key, edges in traced.edges.groupby("prompt")}
+    for _, firing in roots.iterrows():
+        graph = graphs.get(firing["prompt"], nx.DiGraph())
+        graph.add_nodes_from([SOURCE, ("firing", firing["firing"])])
+        yield firing, graph
+
+
+def _cut(graph: nx.DiGraph, sink: Hashable) -> list[tuple[Hashable, Hashable]]:
+    _, (near, _) = nx.minimum_cut(graph, SOURCE, sink)
+    return [(a, b) for a, b in graph.edges if a in near and b not in near]
+
+
+def best_paths(traced: Trace, side: str | None = None) -> pd.DataFrame:
+    """The path to every root firing whose shares have the largest product.
+
+    With `side`, only paths that arrive at that side of the root. One row an edge: the columns of
+    the trace, root (the firing), step (0 for the edge into the root, then upstream), share of the
+    edge, path (in words, destination first) and product. Roots that no path reaches have no row.
+    """
+    parts = [traced.edges.iloc[:0].assign(root=0, step=0, path="", product=0.0)]
+    for firing, graph in _roots(traced):
+        sink = ("firing", firing["firing"]) if side is None else ("side", firing["firing"], side)
+        labels = _best(graph, sink)
+        if labels:
+            edges = traced.edges.loc[labels]
+            names = [firing["name"], *edges["upstream"]]
+            facts = {"root": firing["firing"], "step": range(len(edges))}
+            facts |= {"path": " ← ".join(names), "product": edges["share"].prod()}
+            parts.append(edges.assign(**facts))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _best(graph: nx.DiGraph, sink: Hashable) -> list[Hashable]:
+    """Labels of the edges on the best path, from the sink upstream: shortest by Σ −log share."""
+
+    def length(a: Hashable, b: Hashable, link: dict) -> float:
+        return -np.log(link["capacity"] / UNITS) if "capacity" in link else 0.0
+
+    if sink not in graph or not nx.has_path(graph, SOURCE, sink):
+        return []
+    # a share may exceed 1, where others are negative: its length is then negative
+    nodes = nx.bellman_ford_path(graph, SOURCE, sink, weight=length)
+    links = [graph.edges[link] for link in pairwise(nodes)]
+    return [link["edge"] for link in reversed(links) if "edge" in link]
+
+
+def pool_trace(traced: Trace, batch: Batch) -> Trace:
+    """All prompts of a trace as one, with roles in the place of tokens.
+
+    Firings of a head between the same roles are one. The share of an edge is its mean over the
+    prompts, 0 where it is not there. A role is a token's set of roles.
+    """
+    roles = np.array(token_roles(batch))
+
+    def named(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+        found = {name: roles[table["prompt"], table[name]] for name in columns}
+        return table.assign(**found)
+
+    firings = named(traced.firings, "dest", "src")
+    who = ["name", "dest", "src"]
+    number = firings.groupby(who).ngroup()
+    pooled = firings.groupby(number).agg(dict.fromkeys(who, "first") | {"root": "any"})
+    pooled = pooled.rename_axis("firing").reset_index().assign(prompt=0)
+    edges = named(traced.edges, "dest", "src", "token")
+    edges["firing"] = edges["firing"].map(dict(zip(firings["firing"], number, strict=True)))
+    names = ["firing", "upstream", "downstream", "side", "dest", "src", "token"]
+    grouped = edges.groupby(names, as_index=False).agg(
+        prompts=("prompt", "nunique"), share=("share", "sum"), weight=("weight", "sum")
+    )
+    for column in ("share", "weight"):
+        grouped[column] /= len(batch.tokens)
+    return Trace(pooled, grouped.assign(prompt=0))

@@ -1,0 +1,243 @@
+"""Chapter 5: knock out the best path to a root, trace what the model does then, and repeat.
+
+A knock-out takes the signals of edges from what components wrote, in the run at hand, and the
+model goes on from there. So a path that was not needed before can take over, and is found.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_signals.contributions import Settings, Weights, contributions
+from sparse_signals.edge_signals import by_reader, column, read_signals, solve
+from sparse_signals.faithfulness import prompt_draws
+from sparse_signals.flows import best_paths
+from sparse_signals.heads import Attention, QKForms
+from sparse_signals.models import Model
+from sparse_signals.prompts import Batch
+from sparse_signals.residual import Run, writers
+from sparse_signals.roots import Root, check_heads, matches
+from sparse_signals.signals import Pairs, find_firings, pairs_at
+from sparse_signals.switchboard import (
+    attend,
+    embedded,
+    name_difference,
+    norm_scale,
+    queries_and_keys,
+    values,
+)
+from sparse_signals.tracing import Trace, chunk_rows, follow
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What the normalisations of a run read: before and after each attention, and at the end."""
+
+    pre: Float[Tensor, "layer prompt pos d"]
+    mid: Float[Tensor, "layer prompt pos d"]
+    final: Float[Tensor, "prompt pos d"]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How paths are knocked out.
+
+    number: how often. side: the best path is that of `flows.best_paths` arriving at this side of
+    the root ("dest", "src", None: either). depth: how many of its edges are knocked out, counted
+    from the root (None: all); one breaks it, and the others may serve other paths. freeze_norms:
+    all normalisations divide by what they divide by in the clean run, so that nothing comes back
+    only because the rest of the stream is scaled up.
+    """
+
+    number: int = 2
+    side: str | None = "dest"
+    depth: int | None = 1
+    freeze_norms: bool = False
+
+
+def knock_out(
+    weights: Weights,
+    batch: Batch,
+    root: Root,
+    settings: Settings | None = None,
+    rounds: Rounds | None = None,
+) -> pd.DataFrame:
+    """Knock out the best path to the firings of a root, trace again, and repeat.
+
+    Firings are those of the clean run, even if they then cease. One row per firing and round (0:
+    nothing knocked out): prompt, src, round, F, score, attention; of the best path then: path,
+    product and carried (the weight of its edge into the root), missing where no path is left or
+    the score is not positive; and expected, the score if nothing but the loss of that edge had
+    changed since the round before.
+    """
+    check_heads(weights.model, [root])
+    settings, rounds, pieces = settings or Settings(), rounds or Rounds(), []
+    for rows in chunk_rows(weights.model, batch):
+        piece = _knock_out(weights, batch.rows(rows), root, settings, rounds)
+        pieces.append(piece.assign(prompt=piece["prompt"] + rows.start))
+    return pd.concat(pieces, ignore_index=True)
+
+
+@torch.no_grad()
+def _knock_out(
+    weights: Weights, batch: Batch, root: Root, settings: Settings, rounds: Rounds
+) -> pd.DataFrame:
+    shape = (*batch.tokens.shape, len(weights.components) - 1, weights.model.d_model)
+    removed = torch.zeros(shape, dtype=weights.model.dtype, device=weights.model.device)
+    run, streams, F = run_without(weights, batch, removed)
+    pairs = find_firings(run.attention, settings.level, settings.context)
+    firings, states = pairs[matches(batch, pairs, root)], []
+    for number in range(rounds.number + 1):
+        traced = _trace_again(weights, run, firings, settings)
+        paths = _paths(traced, rounds.side)
+        states.append(_state(traced, paths, F).assign(round=number))
+        paths = paths[paths["step"] < (rounds.depth or len(weights.components))]
+        if number < rounds.number and len(paths):
+            _take(removed, weights, batch, run, traced, paths)
+            like = streams if rounds.freeze_norms else None
+            run, _, F = run_without(weights, batch, removed, like)
+    table = pd.concat(states, ignore_index=True)
+    before = table.groupby(["prompt", "src"])[["score", "carried"]].shift()
+    return table.assign(expected=before["score"] - before["carried"])
+
+
+def _trace_again(weights: Weights, run: Run, firings: Pairs, settings: Settings) -> Trace:
+    """The trace of a run from given firings, whether they still fire or not."""
+    names = ("layer", "prompt", "head", "dest", "src")
+    roots = pairs_at(run.attention, *(getattr(firings, name) for name in names))
+    found = find_firings(run.attention, settings.level, settings.context)
+    places = [torch.stack([getattr(x, name) for name in names]) for x in (roots, found)]
+    others = found[~(places[0][:, :, None] == places[1][:, None]).all(0).any(0)]
+    fields = vars(roots)
+    pairs = Pairs(**{name: torch.cat([fields[name], getattr(others, name)]) for name in fields})
+    start = (torch.arange(len(pairs), device=pairs.layer.device) < len(roots)).long()
+    return follow(
+        weights, run, pairs, contributions(weights, run, pairs, settings), start, settings
+    )
+
+
+def _paths(traced: Trace, side: str | None) -> pd.DataFrame:
+    """The best paths to firings of positive score: of others there is nothing left to carry."""
+    paths = best_paths(traced, side)
+    left = traced.firings.loc[traced.firings["score"] > 0, "firing"]
+    return paths[paths["root"].isin(left)]
+
+
+def _state(traced: Trace, paths: pd.DataFrame, F: Float[Tensor, "prompt"]) -> pd.DataFrame:
+    roots = traced.firings.loc[traced.firings["root"]]
+    table = roots[["firing", "prompt", "src", "score", "attention"]]
+    last = paths.loc[paths["step"] == 0, ["root", "path", "product", "weight"]]
+    last = last.rename(columns={"root": "firing", "weight": "carried"})
+    table = table.merge(last, on="firing", how="left").drop(columns="firing")
+    return table.assign(F=F.cpu().numpy()[table["prompt"]])
+
+
+def _take(
+    removed: Float[Tensor, "prompt pos component d"],
+    weights: Weights,
+    batch: Batch,
+    run: Run,
+    traced: Trace,
+    edges: pd.DataFrame,
+) -> None:
+    """Add to `removed`, in place, the signals of edges as they are in this run."""
+    signals = read_signals(weights, batch, traced, edges[traced.edges.columns])
+    device = removed.device
+    prompt, token, layer = (column(edges, name, device) for name in ("prompt", "token", "layer"))
+    names = pd.Index(weights.components["component"])
+    component = torch.tensor(names.get_indexer(edges["upstream"]), device=device)
+    written = run.outputs[prompt, token, component]
+    heard = by_reader(written.double(), signals.readers.raw[:, :, :-1], layer, signals.reader)
+    delta = solve(replace(signals, written=written, heard=heard), signals.chosen)
+    removed.index_put_((prompt, token, component), delta, accumulate=True)
+
+
+def takeover(table: pd.DataFrame, repeats: int = 200, seed: int = 0) -> pd.DataFrame:
+    """What happens on average in each round of `knock_out`, with 95 % intervals over prompts.
+
+    One row per round and measure: round, measure, value, low, high, firings. Measures are F,
+    score, attention, product, and returned: of the score that the last knock-out took from the
+    root, the share that came back, Σ (score − expected) / Σ (carried in the round before).
+    """
+    table = table.sort_values(["prompt", "src", "round"], kind="stable")
+    table["back"] = table["score"] - table["expected"]
+    table["taken"] = table.groupby(["prompt", "src"])["carried"].shift()
+    rows = []
+    for number, group in table.groupby("round"):
+        sums = group.fillna({"product": 0.0, "back": 0.0, "taken": 0.0}).groupby("prompt")
+        sums = sums[["F", "score", "attention", "product", "back", "taken"]].sum()
+        counts = group.groupby("prompt").size().to_numpy()
+        draws = prompt_draws(len(sums), repeats, seed)
+        totals, size = draws @ sums.to_numpy(), draws @ counts
+        means = dict(zip(sums.columns[:4], totals.T[:4] / size, strict=True))
+        if number > 0:
+            taken = np.where(totals[:, 5] > 0, totals[:, 5], np.nan)
+            means["returned"] = totals[:, 4] / taken
+        for measure, found in means.items():
+            low, high = np.nanquantile(found[1:], [0.025, 0.975])
+            rows.append([number, measure, found[0], low, high, len(group)])
+    columns = ["round", "measure", "value", "low", "high", "firings"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# --- a run without signals -----------------------------------------------------------------------
+
+
+def run_without(
+    weights: Weights,
+    batch: Batch,
+    removed: Float[Tensor, "prompt pos component d"],
+    like: Streams | None = None,
+) -> tuple[Run, Streams, Float[Tensor, "prompt"]]:
+    """Run the model while something is taken from what its components write.
+
+    Normalisations divide by their scale on the streams `like`, if given. Returns the run, its
+    streams, and logit(IO) − logit(S).
+    """
+    model, out = weights.model, writers(weights.model)
+    A, B = (x.to(model.device, model.dtype) for x in (weights.forms.A, weights.forms.B))
+    forms = QKForms(A, B, weights.forms.scale)
+    tokens = batch.tokens.to(model.device)
+    parts = [embedded(model, tokens)]
+    parts[0] = parts[0] - removed[:, :, : parts[0].shape[2]]
+    x, kept = parts[0].sum(2), []
+    for layer, block in enumerate(model.bridge.blocks):
+        pre, done = x, sum(part.shape[2] for part in parts)
+        seen, mid_seen = (pre, None) if like is None else (like.pre[layer], like.mid[layer])
+        scale = norm_scale(model, seen)
+        alike = (*x.shape[:2], model.n_heads, 2)
+        inputs = x[:, :, None, None].expand(*alike, -1)
+        q, k = queries_and_keys(model, forms, layer, inputs, scale[..., None, None].expand(alike))
+        pattern = attend(q, k, forms.scale[layer])
+        v = values(model, layer, _normalised(model, block.ln1, x, seen))
+        heads = torch.einsum("phtr,hrd->pthd", pattern @ v, out.W_O[layer])
+        written = torch.cat([heads, out.bias[layer].expand_as(x).unsqueeze(2)], dim=2)
+        written = written - removed[:, :, done : done + written.shape[2]]
+        mid = x + written.sum(2)
+        mlp = block.mlp(_normalised(model, block.ln2, mid, mid if like is None else mid_seen))
+        mlp = mlp - removed[:, :, done + written.shape[2]]
+        x = mid + mlp
+        parts.append(torch.cat([written, mlp.unsqueeze(2)], dim=2))
+        kept.append((q, k, pattern, v, scale, pre, mid))
+    q, k, pattern, v, scale, pre, mid = (torch.stack(each) for each in zip(*kept, strict=True))
+    attention = Attention(q, k, pattern, batch.mask.to(x.device), forms.scale)
+    final = _normalised(model, model.bridge.ln_final, x, x if like is None else like.final)
+    run = Run(tokens, attention, torch.cat(parts, dim=2), scale, v)
+    return run, Streams(pre, mid, x), name_difference(model, batch, final)
+
+
+def _normalised(
+    model: Model,
+    norm: nn.Module,
+    x: Float[Tensor, "prompt pos d"],
+    like: Float[Tensor, "prompt pos d"],
+) -> Float[Tensor, "prompt pos d"]:
+    """A normalisation of the model, dividing by the scale of another stream."""
+    scale = norm_scale(model, like).unsqueeze(-1)
+    if norm.uses_rms_norm:
+        return x / scale * norm.w
+    return (x - x.mean(-1, keepdim=True)) / scale * norm.w + norm.b
