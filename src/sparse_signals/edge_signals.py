@@ -94,7 +94,7 @@ def read_signals(
     edges = (traced.edges if edges is None else edges).reset_index(drop=True)
     edges = edges.assign(edge=range(len(edges)), control="signal", repeat=0)
     layer, token = (column(edges, name, model.device) for name in ("layer", "token"))
-    side = torch.from_numpy((edges["side"] == SIDES[1]).to_numpy(bool)).to(model.device)
+    side = torch.tensor((edges["side"] == SIDES[1]).to_numpy(bool), device=model.device)
     reader = column(edges, "head", model.device) + model.n_heads * side
     kinds, combination = torch.stack([layer, reader, token * model.rotary], dim=1).unique(
         dim=0, return_inverse=True
@@ -106,7 +106,7 @@ def read_signals(
     bias = readers.raw[layer, reader, -1]
     if quirks.keep_constant:
         heard = heard + bias
-    is_bias = torch.from_numpy((edges["upstream"] == BIAS_ROW).to_numpy(bool)).to(model.device)
+    is_bias = torch.tensor((edges["upstream"] == BIAS_ROW).to_numpy(bool), device=model.device)
     heard = torch.where(is_bias[:, None], bias * scale[:, None], heard)
     blank = torch.zeros_like(written)
     signals = Signals(

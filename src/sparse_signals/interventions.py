@@ -14,8 +14,9 @@ from sparse_signals.models import Model, activations
 from sparse_signals.prompts import Batch, PromptError
 from sparse_signals.residual import rotation
 
-SITES = ("pre", "mid", "q", "k", "v")  # the stream before and after attention, a head's inputs
-PRE, MID, Q, K, V = range(5)
+# The stream before attention, the inputs of a head, the stream after it: in order of computation.
+SITES = ("pre", "q", "k", "v", "mid")
+PRE, Q, K, V, MID = range(5)
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,18 @@ def rotate(
     """Rx = x·cos + half(x)·sin with half([a, b]) = [−b, a]: how rotary models turn q and k."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def clean_scores(
+    layers: Layers, clean: Clean, prompt: Int[Tensor, "row"], probes: Probes
+) -> tuple[Float[Tensor, "probe"], Float[Tensor, "probe"]]:
+    """Score and attention weight of every probe in the clean run, `prompt` being that of rows."""
+    of = prompt[probes.row]
+    divisor = torch.tensor(layers.divisor, dtype=torch.float64, device=of.device)[probes.layer]
+    q = clean.q[probes.layer, of, probes.head, probes.dest].double()
+    k = clean.k[probes.layer, of, probes.head].double()
+    scores = (k @ q[..., None])[..., 0] / divisor[:, None]
+    past = torch.arange(k.shape[1], device=k.device) <= probes.dest[:, None]
+    pattern = scores.masked_fill(~past, -torch.inf).softmax(-1)
+    row = torch.arange(len(of), device=of.device)
+    return scores[row, probes.src], pattern[row, probes.src]
