@@ -154,15 +154,18 @@ def test_curves_end_at_the_model(board):
     assert whole["faithfulness_low"] == pytest.approx(1) and "attention" not in table
 
 
-def test_edges_needed_does_not_count_overshooting():
+def test_edges_needed_counts_neither_overshooting_nor_luck():
     rows = [
         ("a", 10, 0.5, 0.4, 0.7),
         ("a", 20, 0.85, 0.7, 0.9),
         ("a", 30, 0.95, 0.9, 1.0),
         ("b", 10, 3.0, 2.0, 4.0),
         ("b", 20, 1.1, 1.0, 1.3),
+        ("c", 10, 0.9, 0.8, 1.0),
+        ("c", 20, 0.5, 0.4, 0.6),
     ]
     names = ["method", "size", "faithfulness", "faithfulness_low", "faithfulness_high"]
     found = edges_needed(pd.DataFrame(rows, columns=names)).set_index("method")
     assert found.loc["a"].tolist() == [20, 20, 30]
     assert found.loc["b"].tolist()[:2] == [20, 20] and pd.isna(found.loc["b", "most"])
+    assert found.loc["c"].isna().all()

@@ -224,24 +224,25 @@ def _attention(run: Outcome, roots: pd.DataFrame) -> float:
 
 
 def edges_needed(table: pd.DataFrame, level: float = 0.8) -> pd.DataFrame:
-    """The smallest size at which each method is as faithful as `level`, NaN where it never is.
+    """The size from which on each method is as faithful as `level`, NaN where it never is.
 
-    That is |faithfulness − 1| ≤ 1 − level: a circuit that overshoots is not the model either. One
-    row a method: edges, and the sizes at which the interval overlaps this range (fewest) and lies
-    in it (most).
+    That is |faithfulness − 1| ≤ 1 − level, at this and all larger sizes: a circuit that overshoots
+    is not the model, and one that is faithful by luck does not stay so. One row a method: edges,
+    and the sizes from which on the interval overlaps this range (fewest) and lies in it (most).
     """
+    table = table.sort_values("size", ascending=False, kind="stable")
     low, high = table["faithfulness_low"], table["faithfulness_high"]
-    reached = {
+    within = {
         "edges": table["faithfulness"].between(level, 2 - level),
         "fewest": (low <= 2 - level) & (high >= level),
         "most": (low >= level) & (high <= 2 - level),
     }
-    methods = table["method"].unique()
-    found = {
-        name: table[there].groupby("method")["size"].min().reindex(methods)
-        for name, there in reached.items()
-    }
-    return pd.DataFrame(found).rename_axis("method").reset_index()
+    methods = pd.Index(table["method"].unique(), name="method").sort_values()
+    found = {}
+    for name, inside in within.items():
+        stays = inside.groupby(table["method"]).cummin().astype(bool)
+        found[name] = table[stays].groupby("method")["size"].min().reindex(methods)
+    return pd.DataFrame(found).reset_index()
 
 
 def minimality(
