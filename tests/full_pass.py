@@ -16,73 +16,79 @@ def changes_of(rows: list[tuple], width: int) -> Changes:
 
 
 def full_pass(
-    model: Model, tokens: torch.Tensor, changes: list[tuple], probe: tuple | None = None
+    model: Model,
+    tokens: torch.Tensor,
+    changes: list[tuple],
+    probe: tuple | None = None,
+    freeze_norms: bool = False,
 ) -> tuple[torch.Tensor, float, float]:
-    """All logits of one prompt; score and attention weight at the probe (layer, head, i, j)."""
+    """All logits of one prompt; score and attention weight at the probe (layer, head, i, j).
+
+    `changes` are (layer, site, head, token, vector).
+    """
     seen, hooks = {}, []
-    rotated = "attn.hook_rot_" if model.rotary else "attn.hook_"
 
-    def hook(layer: int, name: str):
-        def register(function):
-            def run(value, hook):
-                return function(value)
+    def hook(name: str, function) -> None:
+        hooks.append((name, lambda value, hook: function(value)))
 
-            hooks.append((f"blocks.{layer}.{name}", run))
-
-        return register
-
+    if freeze_norms:
+        _freeze(model, tokens, hook)
     for layer in {change[0] for change in changes}:
-        _register(hook, rotated, seen, model, layer, [c for c in changes if c[0] == layer])
+        _register(hook, seen, model, layer, [c for c in changes if c[0] == layer])
     if probe:
         layer, *place = probe
-        hook(layer, "attn.hook_attn_scores")(lambda x: seen.update(score=x[0, *place]))
-        hook(layer, "attn.hook_pattern")(lambda x: seen.update(weight=x[0, *place]))
+        name = f"blocks.{layer}.attn.hook_"
+        hook(name + "attn_scores", lambda x: seen.update(score=x[0, *place]))
+        hook(name + "pattern", lambda x: seen.update(weight=x[0, *place]))
     with torch.no_grad():
         logits = model.bridge.run_with_hooks(tokens[None], fwd_hooks=hooks)[0]
     return logits, *(float(seen.get(name, torch.nan)) for name in ("score", "weight"))
 
 
-def _register(hook, rotated, seen, model, layer, changes):
-    """Hooks of one layer. `changes` are (layer, site, head, token, vector)."""
-    block = model.bridge.blocks[layer]
+def _freeze(model, tokens, hook):
+    """Every normalisation divides by what it divided by without changes."""
+    norms = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln1", "ln2")]
+    names = [f"{name}.hook_scale" for name in [*norms, "ln_final"]]
+    with torch.no_grad():
+        clean = model.bridge.run_with_cache(tokens[None], names_filter=lambda x: x in names)[1]
+    for name in names:
+        hook(name, lambda x, scale=clean[name]: scale)
+
+
+def _register(hook, seen, model, layer, changes):
+    """Hooks of one layer. A key is changed for one query head, as what it adds to scores."""
     at = {site: [c[2:] for c in changes if c[1] == site] for site in range(len(SITES))}
+    scaling = model.bridge.blocks[layer].attn.original_component.scaling
 
-    def stream(site):
-        def change(x):
-            x = x.clone()
-            for _, token, vector in at[site]:
-                x[0, token] += vector.to(x)
-            return x
+    def stream(x, site):
+        x = x.clone()
+        for _, token, vector in at[site]:
+            x[0, token] += vector.to(x)
+        return x
 
-        return change
-
-    hook(layer, "hook_resid_pre")(stream(PRE))
-    hook(layer, "hook_attn_out")(stream(MID))
-
-    @hook(layer, rotated + "q")
-    def _(x):
+    def queries(x):
         x = x.clone()
         for head, token, vector in at[Q]:
             x[0, token, head] += vector.to(x)
-        seen["q", layer] = x[0]
+        seen["q"] = x[0]
         return x
 
-    @hook(layer, "attn.hook_attn_scores")
-    def _(x):
+    def scores(x, q=seen):
         x = x.clone()
         for head, token, vector in at[K]:
-            extra = seen["q", layer][token:, head] @ vector.to(x)
-            x[0, head, token:, token] += extra * block.attn.original_component.scaling
+            x[0, head, token:, token] += q["q"][token:, head] @ vector.to(x) * scaling
         return x
 
-    @hook(layer, "attn.hook_pattern")
-    def _(x):
-        seen["pattern", layer] = x[0]
-
-    @hook(layer, "attn.hook_z")
-    def _(x):
-        shape = x.shape
-        x = x.clone().view(*shape[:2], model.n_heads, model.d_head)
+    def outputs(x):
+        z = x.clone().view(*x.shape[:2], model.n_heads, model.d_head)
         for head, token, vector in at[V]:
-            x[0, :, head] += seen["pattern", layer][head, :, token, None] * vector.to(x)
-        return x.view(shape)
+            z[0, :, head] += seen["pattern"][head, :, token, None] * vector.to(x)
+        return z.view(x.shape)
+
+    name = f"blocks.{layer}."
+    hook(name + "hook_resid_pre", lambda x: stream(x, PRE))
+    hook(name + "hook_attn_out", lambda x: stream(x, MID))
+    hook(name + ("attn.hook_rot_q" if model.rotary else "attn.hook_q"), queries)
+    hook(name + "attn.hook_attn_scores", scores)
+    hook(name + "attn.hook_pattern", lambda x: seen.update(pattern=x[0]))
+    hook(name + "attn.hook_z", outputs)

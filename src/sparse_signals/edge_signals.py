@@ -96,22 +96,17 @@ def read_signals(
     layer, token = (column(edges, name, model.device) for name in ("layer", "token"))
     side = torch.tensor((edges["side"] == SIDES[1]).to_numpy(bool), device=model.device)
     reader = column(edges, "head", model.device) + model.n_heads * side
-    kinds, combination = torch.stack([layer, reader, token * model.rotary], dim=1).unique(
-        dim=0, return_inverse=True
-    )
+    kinds = torch.stack([layer, reader, token * model.rotary], dim=1)
+    kinds, combination = kinds.unique(dim=0, return_inverse=True)
     readers = _read(weights, kinds, quirks.keep_constant)
     written, scale = _written(weights, batch, edges)
-    chosen = _supports(traced, edges, model.d_head).to(model.device)
     heard = by_reader(written.double(), readers.raw[:, :, :-1], layer, reader)
     bias = readers.raw[layer, reader, -1]
-    if quirks.keep_constant:
-        heard = heard + bias
     is_bias = torch.tensor((edges["upstream"] == BIAS_ROW).to_numpy(bool), device=model.device)
-    heard = torch.where(is_bias[:, None], bias * scale[:, None], heard)
-    blank = torch.zeros_like(written)
-    signals = Signals(
-        edges, readers, reader, combination, scale, written, heard, chosen, blank
-    )  # fmt: skip
+    constant = is_bias * scale + quirks.keep_constant * ~is_bias
+    heard = heard + constant[:, None] * bias
+    chosen = _supports(traced, edges, model.d_head).to(model.device)
+    signals = Signals(edges, readers, reader, combination, scale, written, heard, chosen, written)
     return replace(signals, delta=solve(signals, chosen))
 
 
