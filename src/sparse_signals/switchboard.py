@@ -25,6 +25,7 @@ from sparse_signals.residual import Writers, component_table, rotation, run_mode
 ABLATIONS = ("mean", "resample")
 INTACT = "intact"
 CHUNK_BYTES = 2**26  # what all components of a chunk of prompts wrote; a gradient keeps many copies
+PIECES = 6  # layers whose gaps lie in arrays of their own: each costs a product, joining a copy
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ def run_rows(
     for layer, block in enumerate(model.bridge.blocks):
         ablated = board.ablated[:, before : before + parts[-1].shape[2]][row]
         gaps.append(parts[-1] - ablated)
+        if len(gaps) > PIECES:
+            gaps = [torch.cat(gaps, dim=2)]
         closed, before = closed + ablated.sum(2), before + ablated.shape[2]
         inputs = _mixed(gate[:, layer, ..., :before][role], gaps, closed)
         scale = norm_scale(model, inputs)
