@@ -84,9 +84,9 @@ def test_a_firing_opened_adds_up_over_support_and_over_all_slices(ioi, opened):
 
 
 def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch):
-    model, batch, weights = ioi
+    _, batch, weights = ioi
     monkeypatch.setattr(comparisons, "VARIED", {"share": (0.5, 0.7, 0.9), "level": (0.5, 0.9)})
-    table = comparisons.sensitivity(model, batch, ROOTS, weights=weights)
+    table = comparisons.sensitivity(weights, batch, ROOTS)
     table = table.set_index(["setting", "x"])
     assert table.loc[("share", 0.7), "value"] == table.loc[("level", 0.5), "value"] == 1
     assert table.loc[("share", 0.5), "value"] < 1 and table.loc[("level", 0.9), "value"] < 1
@@ -97,7 +97,7 @@ def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch)
 def test_quirks_overcount_where_paths_are_redundant():
     two = planted("redundant")
     roots = [Root(2, 0, "end", "IO"), Root(3, 0, "end", "IO")]
-    table = comparisons.quirk_table(two.model, two.batch, roots, weights=read_weights(two.model))
+    table = comparisons.quirk_table(read_weights(two.model), two.batch, roots)
     table = table.set_index("quirk")
     prompts_ = len(two.batch.tokens)
     assert table.loc["none", "largest count"] == prompts_

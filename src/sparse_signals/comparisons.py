@@ -20,10 +20,10 @@ from sparse_signals.contributions import (
 from sparse_signals.models import Model, activations, logits
 from sparse_signals.nulls import bootstrap
 from sparse_signals.prompts import Batch
-from sparse_signals.residual import Run
+from sparse_signals.residual import Run, run_model
 from sparse_signals.roots import Root
 from sparse_signals.signals import Pairs
-from sparse_signals.tracing import Trace, kept_components, trace
+from sparse_signals.tracing import Trace, chunk_rows, kept_components, trace_run
 
 PLACE = ["upstream", "downstream", "side", "dest", "src"]
 VARIED = {
@@ -97,12 +97,7 @@ def overlap(ours: pd.DataFrame, theirs: pd.DataFrame, prompts: int) -> Float[np.
 
 
 def sensitivity(
-    model: Model,
-    batch: Batch,
-    roots: Sequence[Root],
-    *,
-    weights: Weights,
-    weighting: str = "exact",
+    weights: Weights, batch: Batch, roots: Sequence[Root], weighting: str = "exact"
 ) -> pd.DataFrame:
     """How the edges of a trace change with each setting, the others at their default.
 
@@ -110,23 +105,32 @@ def sensitivity(
     and the number of edges a prompt.
     """
     base, prompts = Settings(weighting=weighting), len(batch.tokens)
-    default = trace(model, batch, roots, base, weights=weights).edges
+    varied = [(name, x, replace(base, **{name: x})) for name, xs in VARIED.items() for x in xs]
+    settings = [base, *(variant for _, _, variant in varied)]
+    default, *others = _traced_edges(weights, batch, roots, settings)
     rows = []
-    for name, values in VARIED.items():
-        for value in values:
-            edges = trace(
-                model, batch, roots, replace(base, **{name: value}), weights=weights
-            ).edges
-            same = pd.DataFrame({"overlap": overlap(default, edges, prompts)})
-            found = bootstrap(same, np.arange(prompts), np.nanmean)
-            each = len(edges) / prompts
-            rows.append(found.assign(setting=name, x=value, edges=each, weighting=weighting))
+    for (name, value, _), edges in zip(varied, others, strict=True):
+        same = pd.DataFrame({"overlap": overlap(default, edges, prompts)})
+        found = bootstrap(same, np.arange(prompts), np.nanmean)
+        each = len(edges) / prompts
+        rows.append(found.assign(setting=name, x=value, edges=each, weighting=weighting))
     return pd.concat(rows, ignore_index=True).drop(columns="measure")
 
 
-def quirk_table(
-    model: Model, batch: Batch, roots: Sequence[Root], *, weights: Weights
-) -> pd.DataFrame:
+def _traced_edges(
+    weights: Weights, batch: Batch, roots: Sequence[Root], settings: Sequence[Settings]
+) -> list[pd.DataFrame]:
+    """The edges of the trace with each of the settings, with one run of the model for all."""
+    edges: list[list[pd.DataFrame]] = [[] for _ in settings]
+    for rows in chunk_rows(weights.model, batch):
+        part = batch.rows(rows)
+        run = run_model(weights.model, part.tokens, part.mask)
+        for one, found in zip(settings, edges, strict=True):
+            found.append(trace_run(weights, run, part, roots, one, rows.start).edges)
+    return [pd.concat(tables, ignore_index=True) for tables in edges]
+
+
+def quirk_table(weights: Weights, batch: Batch, roots: Sequence[Root]) -> pd.DataFrame:
     """The published way of tracing and pooling, and what each quirk of the released code changes.
 
     One row per quirk: edges of the pooled graph, how many share their ends, side and roles with
@@ -134,8 +138,8 @@ def quirk_table(
     the largest count, and the mean weight.
     """
     plain = Settings(weighting="published")
-    clean = trace(model, batch, roots, plain, weights=weights).edges
-    biased = trace(model, batch, roots, replace(plain, bias_per_head=True), weights=weights).edges
+    with_bias = replace(plain, bias_per_head=True)
+    clean, biased = _traced_edges(weights, batch, roots, [plain, with_bias])
     pooled = {"none": pool(clean, batch), "bias once per head": pool(biased, batch)}
     for name, quirk in {
         "a count per path": Quirks(double_count=True),
@@ -197,6 +201,8 @@ def prompt_likeness(edges: pd.DataFrame, batch: Batch, repeats: int = 200) -> pd
             pairs &= ~np.eye(size, dtype=bool)
             times = np.einsum("bi,ij,bj->b", draws, pairs, draws, optimize=True)
             total = np.einsum("bi,ij,bj->b", draws, pairs * alike, draws, optimize=True)
+            if not pairs.any():
+                continue
             low, high = np.nanquantile(total / times, [0.025, 0.975])
             words = ["same" if x else "other" for x in (with_template, with_order)]
             name = f"{words[0]} template, {words[1]} order"

@@ -95,14 +95,26 @@ def trace_rows(
     weights: Weights, batch: Batch, rows: slice, roots: Sequence[Root], settings: Settings
 ) -> Trace:
     """Trace some prompts of a batch with one run of the model."""
-    run = run_model(weights.model, batch.tokens[rows], batch.mask[rows])
+    part = batch.rows(rows)
+    run = run_model(weights.model, part.tokens, part.mask)
+    return trace_run(weights, run, part, roots, settings, first_prompt=rows.start)
+
+
+def trace_run(
+    weights: Weights,
+    run: Run,
+    batch: Batch,
+    roots: Sequence[Root],
+    settings: Settings,
+    first_prompt: int = 0,
+) -> Trace:
+    """Trace the prompts of a run that is there already; they are numbered from `first_prompt`."""
     pairs = find_firings(run.attention, settings.level, settings.context)
     parts = contributions(weights, run, pairs, settings)
-    part = batch.rows(rows)
-    start = sum(matches(part, pairs, root).long() for root in roots)
+    start = sum(matches(batch, pairs, root).long() for root in roots)
     if any(root.against is not None for root in roots):
-        parts = open_contrasts(weights, run, part, pairs, parts, roots, settings)
-    return follow(weights, run, pairs, parts, start, settings, first_prompt=rows.start)
+        parts = open_contrasts(weights, run, batch, pairs, parts, roots, settings)
+    return follow(weights, run, pairs, parts, start, settings, first_prompt)
 
 
 def follow(
