@@ -135,7 +135,7 @@ def by_reader(
 
 def column(edges: pd.DataFrame, name: str, device: torch.device) -> Int[Tensor, "edge"]:
     """A column of numbers as a tensor."""
-    return torch.tensor(edges[name].to_numpy("int64"), device=device)
+    return torch.tensor(edges[name].to_numpy("int64", copy=True), device=device)
 
 
 def _read(weights: Weights, kinds: Int[Tensor, "combination 3"], constant: bool) -> Readers:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from sparse_signals.circuits import KEY, labelled, roles_of
 from sparse_signals.contributions import Weights, read_weights
 from sparse_signals.edge_signals import (
     PathQuirks,
     Signals,
+    column,
     other_signals,
     random_signals,
     read_signals,
@@ -107,9 +107,8 @@ def _variants(
 
 
 def _in_rows(signals: Signals, rows: slice) -> Signals:
-    prompt = torch.from_numpy(signals.edges["prompt"].to_numpy("int64"))
-    keep = (prompt >= rows.start) & (prompt < rows.stop)
-    return signals[keep.to(signals.reader.device)]
+    prompt = column(signals.edges, "prompt", signals.reader.device)
+    return signals[(prompt >= rows.start) & (prompt < rows.stop)]
 
 
 def _digest(signals: Signals) -> str:
@@ -148,10 +147,10 @@ def summary(
     parts = []
     for measure in measures:
         mean = partial(_mean, number, size, each[measure].to_numpy())
-        resampled = np.array([mean(draw[prompts]) for draw in draws]).reshape(repeats, size)
-        low, high = np.nanquantile(resampled, [0.025, 0.975], axis=0)
-        value = mean(np.ones(len(each)))
-        parts.append(pooled.assign(measure=measure, value=value, low=low, high=high))
+        resampled = np.array([mean(draw[prompts]) for draw in draws])
+        bounds = np.nanquantile(resampled, [0.025, 0.975], axis=0) if size else np.empty((2, 0))
+        columns = {"value": mean(np.ones(len(each))), "low": bounds[0], "high": bounds[1]}
+        parts.append(pooled.assign(measure=measure, **columns))
     return pd.concat(parts, ignore_index=True)
 
 
