@@ -53,6 +53,17 @@ def test_a_root_without_path():
     assert best_paths(made_up([(0, "MLP 0", "dest", 0.9)])).empty
 
 
+def test_paths_may_begin_wherever_the_trace_ends():
+    """At MLP 0 too, and at 1.1 if it did not fire; but 1.0 fired, and is led to."""
+    assert disjoint_paths(made_up(DIAMOND), None)["flow"].item() == pytest.approx(1.1)
+    silent = made_up([edge for edge in DIAMOND if edge[0] != 2])
+    found = disjoint_paths(silent, None).iloc[0]
+    assert found["paths"] == 4 and found["flow"] == pytest.approx(1.4)
+    assert disjoint_paths(made_up(DIAMOND), ["MLP 0"])["flow"].item() == pytest.approx(0.3)
+    alone = best_paths(made_up([(0, "MLP 0", "dest", 0.9)]), ends=None)
+    assert alone["path"].tolist() == ["2.0 ← MLP 0"]
+
+
 def test_best_path_has_the_largest_product():
     best = best_paths(made_up(DIAMOND))
     assert best["path"].unique().tolist() == ["2.0 ← 1.0 ← embedding"]

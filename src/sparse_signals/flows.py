@@ -5,7 +5,7 @@ firing, and a firing is what its head wrote at the destination. Paths that share
 only one by one; the smallest cut says how much.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 
 import networkx as nx
@@ -16,20 +16,22 @@ from sparse_signals.prompts import Batch
 from sparse_signals.switchboard import token_roles
 from sparse_signals.tracing import Trace
 
-ENDS = ("embedding", "position")
+EMBEDDINGS = ("embedding", "position")
 SOURCE = "embeddings"
 UNITS = 10**6  # capacities are whole numbers of these: flows of floats may not terminate
 PLACE = ["prompt", "name", "dest", "src"]
 
 
-def flow_graph(edges: pd.DataFrame) -> nx.DiGraph:
+def flow_graph(edges: pd.DataFrame, ends: Sequence[str] | None = EMBEDDINGS) -> nx.DiGraph:
     """The graph of the edges of one prompt, from `SOURCE` to ("firing", number).
 
-    Edges of the trace have capacity (their share of the side, in `UNITS`), single (1) and edge
-    (their label in the table). Other links, of a firing with its sides and with what its head
-    wrote, have neither: they can carry anything.
+    Paths may begin at the components `ends`, or (None) wherever the trace ends: there, and at MLPs,
+    biases and heads that did not fire. Edges of the trace have capacity
+    (their share of the side, in `UNITS`), single (1) and edge (their label in the table). Other
+    links, of a firing with its sides and with what its head wrote, have none of these: they can
+    carry anything.
     """
-    graph = nx.DiGraph()
+    graph, fired = nx.DiGraph(), set(zip(edges["downstream"], edges["dest"], strict=True))
     for label, row in edges.iterrows():
         side = ("side", row["firing"], row["side"])
         written = ("written", row["upstream"], row["token"])
@@ -37,21 +39,20 @@ def flow_graph(edges: pd.DataFrame) -> nx.DiGraph:
         graph.add_edge(written, side, capacity=share, single=1, edge=label)
         graph.add_edge(side, ("firing", row["firing"]))
         graph.add_edge(("firing", row["firing"]), ("written", row["downstream"], row["dest"]))
-        if row["upstream"] in ENDS:
+        if written[1:] not in fired if ends is None else row["upstream"] in ends:
             graph.add_edge(SOURCE, written)
     return graph
 
 
-def disjoint_paths(traced: Trace) -> pd.DataFrame:
+def disjoint_paths(traced: Trace, ends: Sequence[str] | None = EMBEDDINGS) -> pd.DataFrame:
     """Paths from the embeddings to every root firing: how many, and how much they carry.
 
     One row a root firing: prompt, name, dest, src, paths (the most that share no edge, Menger),
     flow (the most that can flow if each edge carries its share, equal to the smallest cut; each
-    side of the root takes at most 1) and cut (edges in that cut). Paths that end in an MLP, a bias
-    or a head that did not fire lead to no embedding.
+    side of the root takes at most 1) and cut (edges in that cut). `ends` as in `flow_graph`.
     """
     rows = []
-    for firing, graph in _roots(traced):
+    for firing, graph in _roots(traced, ends):
         sink = ("firing", firing["firing"])
         paths = nx.maximum_flow_value(graph, SOURCE, sink, capacity="single")
         cut = _cut(graph, sink)
@@ -60,20 +61,20 @@ def disjoint_paths(traced: Trace) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*PLACE, "paths", "flow", "cut"])
 
 
-def min_cuts(traced: Trace) -> pd.DataFrame:
+def min_cuts(traced: Trace, ends: Sequence[str] | None = EMBEDDINGS) -> pd.DataFrame:
     """The edges of the smallest cut before every root firing: rows of the trace, and its `root`."""
     parts = [traced.edges.iloc[:0].assign(root=0)]
-    for firing, graph in _roots(traced):
+    for firing, graph in _roots(traced, ends):
         sink = ("firing", firing["firing"])
         labels = [graph.edges[link]["edge"] for link in _cut(graph, sink)]
         parts.append(traced.edges.loc[sorted(labels)].assign(root=firing["firing"]))
     return pd.concat(parts, ignore_index=True)
 
 
-def _roots(traced: Trace) -> Iterator[tuple[pd.Series, nx.DiGraph]]:
+def _roots(traced: Trace, ends: Sequence[str] | None) -> Iterator[tuple[pd.Series, nx.DiGraph]]:
     """Every root firing with the graph of its prompt, in which source and firing are nodes."""
     roots = traced.firings[traced.firings["root"]]
-    graphs = {key: flow_graph(edges) for key, edges in traced.edges.groupby("prompt")}
+    graphs = {key: flow_graph(edges, ends) for key, edges in traced.edges.groupby("prompt")}
     for _, firing in roots.iterrows():
         graph = graphs.get(firing["prompt"], nx.DiGraph())
         graph.add_nodes_from([SOURCE, ("firing", firing["firing"])])
@@ -85,15 +86,17 @@ def _cut(graph: nx.DiGraph, sink: Hashable) -> list[tuple[Hashable, Hashable]]:
     return [(a, b) for a, b in graph.edges if a in near and b not in near]
 
 
-def best_paths(traced: Trace, side: str | None = None) -> pd.DataFrame:
+def best_paths(
+    traced: Trace, side: str | None = None, ends: Sequence[str] | None = EMBEDDINGS
+) -> pd.DataFrame:
     """The path to every root firing whose shares have the largest product.
 
-    With `side`, only paths that arrive at that side of the root. One row an edge: the columns of
-    the trace, root (the firing), step (0 for the edge into the root, then upstream), share of the
-    edge, path (in words, destination first) and product. Roots that no path reaches have no row.
+    With `side`, only paths that arrive at that side of the root; `ends` as in `flow_graph`. One row
+    an edge: the columns of the trace, root (the firing), step (0 for the edge into the root, then
+    upstream), path (in words, destination first) and product. Roots without a path have no row.
     """
     parts = [traced.edges.iloc[:0].assign(root=0, step=0, path="", product=0.0)]
-    for firing, graph in _roots(traced):
+    for firing, graph in _roots(traced, ends):
         sink = ("firing", firing["firing"]) if side is None else ("side", firing["firing"], side)
         labels = _best(graph, sink)
         if labels:

@@ -4,6 +4,7 @@ A knock-out takes the signals of edges from what components wrote, in the run at
 model goes on from there. So a path that was not needed before can take over, and is found.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sparse_signals.contributions import Settings, Weights, contributions
 from sparse_signals.edge_signals import by_reader, column, read_signals, solve
 from sparse_signals.faithfulness import prompt_draws
-from sparse_signals.flows import best_paths
+from sparse_signals.flows import EMBEDDINGS, best_paths
 from sparse_signals.heads import Attention, QKForms
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch
@@ -46,15 +47,16 @@ class Streams:
 class Rounds:
     """How paths are knocked out.
 
-    number: how often. side: the best path is that of `flows.best_paths` arriving at this side of
-    the root ("dest", "src", None: either). depth: how many of its edges are knocked out, counted
-    from the root (None: all); one breaks it, and the others may serve other paths. freeze_norms:
-    all normalisations divide by what they divide by in the clean run, so that nothing comes back
-    only because the rest of the stream is scaled up.
+    number: how often. side, ends: the best path is that of `flows.best_paths` arriving at this side
+    of the root ("dest", "src", None: either), from these components (None: any). depth: how many
+    of its edges are knocked out, counted from the root (None: all); one breaks it, and the others
+    may serve other paths. freeze_norms: all normalisations divide by what they divide by in the
+    clean run, so that nothing comes back only because the rest of the stream is scaled up.
     """
 
     number: int = 2
     side: str | None = "dest"
+    ends: Sequence[str] | None = EMBEDDINGS
     depth: int | None = 1
     freeze_norms: bool = False
 
@@ -93,7 +95,7 @@ def _knock_out(
     firings, states = pairs[matches(batch, pairs, root)], []
     for number in range(rounds.number + 1):
         traced = _trace_again(weights, run, firings, settings)
-        paths = _paths(traced, rounds.side)
+        paths = _paths(traced, rounds)
         states.append(_state(traced, paths, F).assign(round=number))
         paths = paths[paths["step"] < (rounds.depth or len(weights.components))]
         if number < rounds.number and len(paths):
@@ -120,9 +122,9 @@ def _trace_again(weights: Weights, run: Run, firings: Pairs, settings: Settings)
     )
 
 
-def _paths(traced: Trace, side: str | None) -> pd.DataFrame:
+def _paths(traced: Trace, rounds: Rounds) -> pd.DataFrame:
     """The best paths to firings of positive score: of others there is nothing left to carry."""
-    paths = best_paths(traced, side)
+    paths = best_paths(traced, rounds.side, rounds.ends)
     left = traced.firings.loc[traced.firings["score"] > 0, "firing"]
     return paths[paths["root"].isin(left)]
 
@@ -174,7 +176,7 @@ def takeover(table: pd.DataFrame, repeats: int = 200, seed: int = 0) -> pd.DataF
         draws = prompt_draws(len(sums), repeats, seed)
         totals, size = draws @ sums.to_numpy(), draws @ counts
         means = dict(zip(sums.columns[:4], totals.T[:4] / size, strict=True))
-        if number > 0:
+        if number > 0 and totals[0, 5] > 0:
             taken = np.where(totals[:, 5] > 0, totals[:, 5], np.nan)
             means["returned"] = totals[:, 4] / taken
         for measure, found in means.items():
