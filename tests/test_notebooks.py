@@ -46,11 +46,13 @@ def is_ignored(cell):
     return bool(IGNORED.search(cell.source + " ".join(cell.metadata.get("tags", []))))
 
 
-def test_table_of_contents_names_every_chapter():
+def test_table_of_contents_names_every_chapter_and_appendix():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    assert CHAPTERS
-    assert [f"book/{p.stem}" for p in CHAPTERS] == [f for f in listed if "/0" in f]
+    parts = {part["caption"]: [x["file"] for x in part["chapters"]] for part in toc["parts"]}
+    chapters, appendices = parts["Chapters"], parts["Appendices"]
+    assert chapters + appendices == [f"book/{p.stem}" for p in CHAPTERS]
+    assert all(Path(name).name[0] == "0" for name in chapters)
+    assert all(Path(name).name[0] == "a" for name in appendices)
 
 
 def test_every_cell_was_run_in_order(notebook):
