@@ -114,7 +114,7 @@ def test_title_names_the_most_frequent_edge_and_the_description_says_all():
         f"{edge['downstream']} at {edge['dest_role']}",
     ]
     assert f"most often, {' → '.join(names)} (75 %)" in text(chart)
-    assert "Of 60 edges in 256 prompts, 1 is in at least half" in text(chart)
+    assert "Of 60 edges traced in 256 prompts, 1 is in at least half" in text(chart)
     assert "60 edges" in chart.to_dict()["description"]
 
 

@@ -49,7 +49,7 @@ def test_kinds_state_the_share_of_heads_above_the_first_layer():
             for kind, share in (("head", heads), ("MLP", 1 - heads))]  # fmt: skip
     table = pd.DataFrame(rows, columns=["layer", "side", "kind", "share", "low", "high"])
     chart = charts.kinds_of_components(table)
-    assert "heads carry 50\xa0% of a side" in title(chart)
+    assert "heads carry 50\xa0% of the destination side and 50\xa0%" in title(chart)
     assert drawn(chart)
 
 
@@ -73,17 +73,20 @@ def test_reasons_name_the_largest_share_of_each_question():
             for component, share in shares.items()]  # fmt: skip
     columns = ["component", "question", "slices", "share", "low", "high"]
     chart = charts.reasons(pd.DataFrame(rows, columns=columns), "1.4")
-    assert "Why look at IO: 0.2 (80\xa0%); why IO rather than S1: 0.0 (50\xa0%)" in title(chart)
+    assert "0.2 writes most of 1.4's score at the indirect object (80\xa0%)" in title(chart)
+    assert "0.0 most of its preference over the subject (50\xa0%)" in title(chart)
     assert drawn(chart)
 
 
 @pytest.mark.parametrize(("p", "clear"), [(0.01, "2 of 2"), (0.2, "0 of 2")])
 def test_heads_compared_say_how_many_traces_beat_chance(p, clear):
-    rows = [(f"1.{n}", trace, n / 4, n - 1.0, n - 1.5, n - 0.5, 0.6, p)
+    rows = [(f"1.{n}", trace, n / 4, n - 1.0, n - 1.5, n - 0.5, 0.6, 0.1, p)
             for trace in ("by score", "by contrast") for n in range(4)]  # fmt: skip
-    columns = ["name", "trace", "share", "effect", "low", "high", "rho", "p"]
+    columns = ["name", "trace", "share", "effect", "low", "high", "rho", "chance", "p"]
     chart = charts.heads_compared(pd.DataFrame(rows, columns=columns))
-    assert f"in {clear} kinds" in title(chart) and "by score ρ = 0.60" in title(chart)
+    assert title(chart).startswith(f"In {clear} kinds of trace") and "by score ρ = 0.60" in title(
+        chart
+    )
     assert "1.3" in drawn(chart)
 
 

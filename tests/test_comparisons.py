@@ -132,7 +132,7 @@ def test_commonest_edges_are_found_again_when_all_prompts_agree(ioi):
     assert ((kept["low"] <= kept["kept"]) & (kept["kept"] <= kept["high"])).all()
     single = edges[edges["prompt"] == edges["prompt"].mode()[0]].head(3)
     agreed = pd.concat([single.assign(prompt=n, dest=0, src=0) for n in range(12)])
-    assert (comparisons.top_edges_kept(agreed, batch, [1, 3], repeats=5)["kept"] == 1).all()
+    assert (comparisons.top_edges_kept(agreed, batch, [3], repeats=5)["kept"] == 1).all()
 
 
 def test_ablation_equals_a_head_overwritten_by_hand(ioi):
@@ -168,12 +168,21 @@ def test_prominence_counts_prompts_with_the_head_at_either_end(ioi):
 
 
 def test_rank_correlation_of_known_orders():
-    x = np.arange(12.0)
-    rho, p = comparisons.rank_correlation(x, x**3)
-    assert rho == pytest.approx(1) and p < 0.01
-    assert comparisons.rank_correlation(x, -x)[0] == pytest.approx(-1)
+    x, one = np.arange(12.0), np.zeros(12)
+    found = comparisons.rank_correlation(x, x**3, one)
+    assert found["rho"] == pytest.approx(1) and abs(found["chance"]) < 0.05 and found["p"] < 0.01
+    assert comparisons.rank_correlation(x, -x, one)["rho"] == pytest.approx(-1)
     shuffled = np.random.default_rng(0).permutation(x)
-    assert comparisons.rank_correlation(x, shuffled)[1] > 0.05
+    assert comparisons.rank_correlation(x, shuffled, one)["p"] > 0.05
+
+
+def test_rank_correlation_of_groups_alone_is_chance():
+    layer = np.repeat([0, 1], 6)
+    x = np.r_[0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15.0]
+    y = np.r_[3, 0, 4, 1, 5, 2, 12, 15, 10, 13, 11, 14.0]  # only the layers agree
+    found = comparisons.rank_correlation(x, y, layer)
+    assert found["rho"] > 0.7 and found["chance"] > 0.7 and found["p"] > 0.2
+    assert comparisons.rank_correlation(x, y, np.zeros(12))["p"] < 0.01
 
 
 def test_all_slices_are_kept_without_a_filter(ioi, opened):

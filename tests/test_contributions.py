@@ -108,6 +108,20 @@ def test_published_weights_equal_the_definition(tiny_gpt2, tokens, mask):
     assert (plain.values[:, :, ~heads] == 0).all()
 
 
+def test_published_weights_of_outvoted_slices_have_the_sign_of_the_other_side(
+    tiny_gpt2, tokens, mask
+):
+    weights, run, pairs = opened(tiny_gpt2, tokens, mask)
+    found = contributions(weights, run, pairs, Settings(weighting="published", fraction=None))
+    svd, n = head_svd(qk_forms(tiny_gpt2)), int((pairs.layer == 2).nonzero()[3])
+    at, prompt, dest = (2, int(pairs.head[n])), int(pairs.prompt[n]), int(pairs.dest[n])
+    names = list(weights.components["component"])
+    x = run.outputs[prompt, dest, names.index("0.1")] / run.scale[2, prompt, dest]
+    sign = signals.coordinates(weights.maps, run.attention, pairs).src[n].sign()
+    loud = (sign * svd.S[at].sqrt() * (svd.U[at][:-1].T @ x)).sum()
+    assert found.values[n, 0, names.index("0.1")].item() == pytest.approx(loud.item())
+
+
 def test_flipping_singular_vectors_changes_no_contribution(parts):
     weights, run, pairs = parts
     flip = torch.where(torch.arange(weights.maps.dest.shape[-1]) % 2 == 0, -1.0, 1.0).double()

@@ -233,7 +233,7 @@ def test_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pages.os, "replace", fail)
+    monkeypatch.setattr("sparse_signals.runs.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         pages.write_page(path, made_up.pooled_edges(5), title="New", facts=FACTS)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -253,6 +253,56 @@ def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
     assert len(common) > 10 and (below[0][common] == below[1][common]).all()
 
 
+def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
+    model, batch = ioi
+    settings = Settings(level=0.1)
+    edges, firings = (getattr(trace(model, batch, [Root(1, 4, "end", "IO", "S1")], settings), n)
+                      for n in ("edges", "firings"))  # fmt: skip
+    first = firings[firings["root"]]
+    into = edges[edges["firing"].isin(first["firing"])]
+    assert set(into["side"]) == {"dest"} and (into["share"] > 0).all()
+    plain = trace(model, batch, [Root(1, 4, "end", "IO")], settings).firings
+    assert 0 < len(first) < plain["root"].sum()  # in some prompts it prefers the subject
+
+
+@pytest.mark.parametrize(
+    ("root", "settings", "message"),
+    [
+        (
+            Root(1, 4, "end", "IO", "S1"),
+            Settings(weighting="published"),
+            "only the exact weighting",
+        ),
+        (Root(1, 4, "end", "IO", "IO"), Settings(), "compares a source with itself"),
+    ],
+)
+def test_contrasts_that_make_no_sense_are_refused(ioi, root, settings, message):
+    model, batch = ioi
+    with pytest.raises(TraceError, match=message):
+        trace(model, batch, [root], settings)
+
+
+def test_places_are_roles_their_neighbours_and_positions(ioi):
+    _, batch = ioi
+    assert torch.equal(tracing.place(batch, "S2-1"), batch.roles["S2"] - 1)
+    assert torch.equal(tracing.place(batch, "S1+1"), batch.roles["S1+1"])
+    assert (tracing.place(batch, 3) == 3).all()
+    with pytest.raises(PromptError, match="no position 99: the longest prompt has"):
+        tracing.place(batch, 99)
+    with pytest.raises(PromptError, match="no role 'IX-1'"):
+        tracing.place(batch, "IX-1")
+
+
+def test_another_basis_is_another_run(tiny_gpt2, batch, tmp_path):
+    from sparse_signals.nulls import random_rotation
+
+    roots = roots_of(tiny_gpt2, batch)
+    turned = read_weights(tiny_gpt2, random_rotation(8, seed=0))
+    one = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path).edges
+    other = trace(tiny_gpt2, batch, roots, LEVEL, weights=turned, folder=tmp_path).edges
+    assert len(list(tmp_path.iterdir())) == 2 and not one["weight"].equals(other["weight"])
+
+
 def test_roots_are_written_as_the_command_line_takes_them():
     assert str(Root(9, 6)) == "9.6:end" and str(Root(9, 6, "end", "IO", "S1")) == "9.6:end:IO:S1"
 

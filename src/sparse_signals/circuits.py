@@ -167,8 +167,9 @@ def write_circuit(circuit: Circuit, path: Path) -> Path:
     """Write a circuit as GraphML, JSON (node-link) or Parquet, by the suffix of the path."""
     _check_suffix(path)
     if path.suffix == ".parquet":
-        circuit.edges.attrs = circuit.facts
-        write_parquet(circuit.edges, path)
+        table = circuit.edges.copy()
+        table.attrs = dict(circuit.facts)
+        write_parquet(table, path)
         return path
     with atomic(path) as aside:
         if path.suffix == ".json":
@@ -179,8 +180,9 @@ def write_circuit(circuit: Circuit, path: Path) -> Path:
     return path
 
 
-def read_circuit(path: Path) -> Circuit:
+def read_circuit(path: str | Path) -> Circuit:
     """Read back what `write_circuit` wrote, without loss."""
+    path = Path(path)
     _check_suffix(path)
     if path.suffix == ".parquet":
         table = pd.read_parquet(path)

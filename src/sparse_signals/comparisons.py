@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sparse_signals.circuits import KEY, Quirks, labelled, pool, roles_of
@@ -133,9 +134,9 @@ def _traced_edges(
 def quirk_table(weights: Weights, batch: Batch, roots: Sequence[Root]) -> pd.DataFrame:
     """The published way of tracing and pooling, and what each quirk of the released code changes.
 
-    One row per quirk: edges of the pooled graph, how many share their ends, side and roles with
-    the graph without quirks (overlap), edges with a count above the number of prompts (impossible),
-    the largest count, and the mean weight.
+    One row per quirk: edges of the pooled graph, overlap with the graph without quirks (edges with
+    the same ends, side and roles), how many edges count more than all prompts, the largest count,
+    and the mean weight.
     """
     plain = Settings(weighting="published")
     with_bias = replace(plain, bias_per_head=True)
@@ -203,7 +204,8 @@ def prompt_likeness(edges: pd.DataFrame, batch: Batch, repeats: int = 200) -> pd
             total = np.einsum("bi,ij,bj->b", draws, pairs * alike, draws, optimize=True)
             if not pairs.any():
                 continue
-            low, high = np.nanquantile(total / times, [0.025, 0.975])
+            ratio = np.divide(total, times, out=np.full(repeats, np.nan), where=times > 0)
+            low, high = np.nanquantile(ratio, [0.025, 0.975])
             words = ["same" if x else "other" for x in (with_template, with_order)]
             name = f"{words[0]} template, {words[1]} order"
             rows.append((name, alike[pairs].mean(), low, high, int(pairs.sum()) // 2))
@@ -221,7 +223,8 @@ def top_edges_kept(
     rng, rows = np.random.default_rng(0), []
     order = [rng.permutation(len(found)) for _ in range(repeats)]
     halves = [(found[o[: len(o) // 2]].mean(0), found[o[len(o) // 2 :]].mean(0)) for o in order]
-    ranked = [tuple(np.argsort(-half, kind="stable") for half in pair) for pair in halves]
+    # ties are broken at random, in each half anew
+    ranked = [tuple(np.lexsort((rng.random(len(half)), -half)) for half in pair) for pair in halves]
     for n in counts:
         kept = [len(np.intersect1d(a[:n], b[:n])) / n for a, b in ranked]
         rows.append((n, np.mean(kept), *np.quantile(kept, [0.025, 0.975])))
@@ -276,10 +279,22 @@ def prominence(traced: Trace, model: Model, prompts: int) -> pd.DataFrame:
     return pd.DataFrame({"name": names, "share": share})
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """Spearman's ρ and its p-value against `draws` random pairings."""
-    ranks = [pd.Series(v).rank().to_numpy() for v in (x, y)]
-    ours = float(np.corrcoef(*ranks)[0, 1])
-    rng = np.random.default_rng(0)
-    chance = [np.corrcoef(ranks[0], rng.permutation(ranks[1]))[0, 1] for _ in range(draws)]
-    return ours, (1 + sum(abs(c) >= abs(ours) - 1e-12 for c in chance)) / (1 + draws)
+def rank_correlation(
+    x: ArrayLike, y: ArrayLike, group: ArrayLike, draws: int = 2000
+) -> dict[str, float]:
+    """Spearman's rho, its mean over random pairings within groups (chance), and p against these.
+
+    Heads of one layer are alike in what they can be upstream of, so with layers as groups this
+    asks whether the heads of a layer are told apart, not whether layers are.
+    """
+    ranks = [pd.Series(np.asarray(v)).rank().to_numpy() for v in (x, y)]
+    group, rng = np.asarray(group), np.random.default_rng(0)
+    ours, order, chance = np.corrcoef(*ranks)[0, 1], np.argsort(group, kind="stable"), []
+    for _ in range(draws):
+        shuffled = ranks[1].copy()
+        shuffled[order] = ranks[1][np.lexsort((rng.random(len(group)), group))]
+        chance.append(np.corrcoef(ranks[0], shuffled)[0, 1])
+    middle = float(np.mean(chance))
+    extreme = np.abs(np.array(chance) - middle) >= abs(ours - middle) - 1e-12
+    p = (1 + extreme.sum()) / (1 + draws)
+    return {"rho": float(ours), "chance": middle, "p": float(p)}

@@ -75,12 +75,14 @@ class Contributions:
     """What every component contributes to each firing, on its destination and its source side.
 
     The last component is the bias row; components that are not upstream of the head have zero.
-    `total` is what the exact values of either side sum to, Σ_{k∈S} p_k.
+    `total` is what the exact values of either side sum to, Σ_{k∈S} p_k. `sides` says which sides
+    a trace may follow: those that belong to one token.
     """
 
     values: Float[Tensor, "pair side component"]
     total: Float[Tensor, "pair"]
     support: Bool[Tensor, "pair r"]
+    sides: Bool[Tensor, "pair side"]
 
     def error(self) -> Float[Tensor, "pair"]:
         """|Σ components − Σ_{k∈S} p_k| / |Σ_{k∈S} p_k|, the worse side (exact weighting)."""
@@ -117,7 +119,16 @@ def contributions(
         if settings.bias_per_head:
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
     values = values * _counted(weights, pairs, settings.weighting)[:, None]
-    return Contributions(values, (coords.slices * chosen).sum(-1), chosen)
+    return _summed(values, coords, chosen)
+
+
+def _summed(
+    values: Float[Tensor, "pair side component"],
+    coords: Coordinates,
+    chosen: Bool[Tensor, "pair r"],
+) -> Contributions:
+    every = torch.ones_like(values[..., 0], dtype=torch.bool)
+    return Contributions(values, (coords.slices * chosen).sum(-1), chosen, every)
 
 
 def contrast(
@@ -128,7 +139,8 @@ def contrast(
     `other` has the same heads, prompts and destinations, and sources j'. Softmax sees only such
     differences: what raises the scores of both sources alike drops out. Destination side:
     x_c(i)/s_i against the difference of the sources' coordinates; source side: x_c(j)/s_j minus
-    x_c(j')/s_j'. Both sum to Σ_{k∈S} of the difference, whose support S is.
+    x_c(j')/s_j'. Both sum to Σ_{k∈S} of the difference, whose support S is. The source side
+    belongs to two tokens, so a trace does not follow it.
     """
     ours, theirs = (coordinates(weights.maps, run.attention, x) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
@@ -137,7 +149,9 @@ def contrast(
     aside = _values(run, other, readers(weights, other, ours, chosen))
     values[:, 1] -= aside[:, 1]
     values = values * _counted(weights, pairs, "exact")[:, None]
-    return Contributions(values, (difference.slices * chosen).sum(-1), chosen)
+    found = _summed(values, difference, chosen)
+    found.sides[:, 1] = False
+    return found
 
 
 def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
@@ -158,14 +172,13 @@ def readers(
     A coefficient for every slice, turned into query (key) space, rotated back to the axes of the
     token if positions are rotary, and through the query (key) weights into the residual stream.
     """
-    # on a slice of a firing the signs of the two sides agree
-    signs = coords.dest.sign() * weights.forms.scale[pairs.layer, None].sqrt()
-    sides = []
+    # on a slice of a support the signs of the two sides agree
+    root, sides = weights.forms.scale[pairs.layer, None].sqrt(), []
     for heard, maps, factor, token in (
         (coords.src, weights.maps.dest, weights.forms.A, pairs.dest),
         (coords.dest, weights.maps.src, weights.forms.B, pairs.src),
     ):
-        coefficient = chosen * (signs if weighting == "published" else heard)
+        coefficient = chosen * (heard.sign() * root if weighting == "published" else heard)
         y = by_head(coefficient, maps.mT, pairs)
         if weights.model.rotary:
             y = unrotate(y, *rotation(weights.model, token))

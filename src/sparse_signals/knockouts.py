@@ -21,7 +21,7 @@ from sparse_signals.heads import Attention, QKForms
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch
 from sparse_signals.residual import Run, writers
-from sparse_signals.roots import Root, check_heads, matches
+from sparse_signals.roots import Root, check_roots, matches
 from sparse_signals.signals import Pairs, find_firings, pairs_at
 from sparse_signals.switchboard import (
     attend,
@@ -76,8 +76,8 @@ def knock_out(
     the score is not positive; and expected, the score if nothing but the loss of that edge had
     changed since the round before.
     """
-    check_heads(weights.model, [root])
     settings, rounds, pieces = settings or Settings(), rounds or Rounds(), []
+    check_roots(weights.model, [root], settings)
     for rows in chunk_rows(weights.model, batch):
         piece = _knock_out(weights, batch.rows(rows), root, settings, rounds)
         pieces.append(piece.assign(prompt=piece["prompt"] + rows.start))

@@ -4,7 +4,6 @@ The file opens from a disk, asks no host for anything, and keeps its state in it
 """
 
 import json
-import os
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -18,6 +17,7 @@ import vl_convert
 from sparse_signals.book import fmt
 from sparse_signals.charts.base import VEGA_LITE, canonical, rounded
 from sparse_signals.charts.circuits import circuit_graph, drawn_edges
+from sparse_signals.runs import atomic
 
 COLUMNS = {  # key, which the address uses, and heading
     "upstream": "writer",
@@ -52,7 +52,8 @@ def write_page(path: Path | str, edges: pd.DataFrame, *, title: str, facts: dict
         "script": _asset("circuit.js"),
     }
     path = Path(path)
-    _write(path, Template(_asset("circuit.html")).substitute(content))
+    with atomic(Path(path)) as aside:
+        aside.write_text(Template(_asset("circuit.html")).substitute(content), encoding="utf-8")
     return path
 
 
@@ -104,13 +105,3 @@ def _fact(name: str, value: str) -> str:
 
 def _asset(name: str) -> str:
     return (files("sparse_signals") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write through a file beside it, so that a run that is cut off leaves no half a page."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

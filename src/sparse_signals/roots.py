@@ -1,5 +1,6 @@
 """Chapter 4: the firings that a trace starts from, given or found by what they write."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ class TraceError(ValueError):
 class Root:
     """Firings that a trace starts from: a head, its destination and its source (None: any).
 
-    Places are roles ("end", "IO", …) or positions. "end" is the last token, named or not. With
-    `against`, another source, these firings are opened by the difference of the two scores.
+    Places are roles ("end", "IO", "S2-1", …) or positions. "end" is the last token, named or not.
+    With `against`, another source, these firings are opened by the difference of the two scores,
+    where it is positive.
     """
 
     layer: int
@@ -38,15 +40,23 @@ class Root:
 
 
 def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
-    """The position of a role, or a fixed position, in every prompt."""
+    """The position of a role, of a neighbour of one, or a fixed position, in every prompt."""
+    prompts, length = batch.tokens.shape
     if isinstance(where, int):
-        return torch.full((len(batch.tokens),), where)
-    if where == "end":
-        return batch.mask.sum(1) - 1
-    if where not in batch.roles:
-        known = ", ".join(batch.roles) or "end alone, since IO and S are not known"
+        if where >= length:
+            raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
+        return torch.full((prompts,), where)
+    roles = batch.roles | {"end": batch.mask.sum(1) - 1}
+    role, step = (where, 0) if where in roles else _neighbour(where)
+    if role not in roles:
+        known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
         raise PromptError(f"no role {where!r} in these prompts: they have {known}")
-    return batch.roles[where]
+    return (roles[role] + step).clamp(0, length - 1)
+
+
+def _neighbour(where: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(.+)([+-]\d+)", where)
+    return (found[1], int(found[2])) if found else (where, 0)
 
 
 def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
@@ -67,6 +77,18 @@ def pairs_named(run: Run, batch: Batch, root: Root) -> Pairs:
     return pairs_at(run.attention, *(x.to(run.tokens.device) for x in places))
 
 
+def starts(run: Run, batch: Batch, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
+    """How many of the roots each firing starts a trace for."""
+    count = torch.zeros_like(pairs.layer)
+    for root in roots:
+        match = matches(batch, pairs, root)
+        if root.against is not None:
+            other = _other_source(run, batch, pairs, root)
+            match &= (other.src <= pairs.dest) & (pairs.score > other.score)
+        count += match
+    return count
+
+
 def open_contrasts(
     weights: Weights,
     run: Run,
@@ -77,23 +99,32 @@ def open_contrasts(
     settings: Settings,
 ) -> Contributions:
     """The contributions, with the firings of roots that have an `against` opened by contrast."""
-    values, total, chosen = parts.values.clone(), parts.total.clone(), parts.support.clone()
+    opened = Contributions(*(value.clone() for value in vars(parts).values()))
     for root in roots:
         if root.against is None:
             continue
         rows = matches(batch, pairs, root).nonzero().flatten()
         ours = pairs[rows]
-        src = place(batch, root.against).to(rows.device)[ours.prompt]
-        other = pairs_at(run.attention, ours.layer, ours.prompt, ours.head, ours.dest, src)
-        found = contrast(weights, run, ours, other, settings)
-        values[rows], total[rows], chosen[rows] = found.values, found.total, found.support
-    return Contributions(values, total, chosen)
+        found = contrast(weights, run, ours, _other_source(run, batch, ours, root), settings)
+        for name, value in vars(opened).items():
+            value[rows] = getattr(found, name)
+    return opened
 
 
-def check_heads(model: Model, roots: Sequence[Root]) -> None:
-    """Raise TraceError for no root at all, and for one that is no head of the model."""
+def _other_source(run: Run, batch: Batch, pairs: Pairs, root: Root) -> Pairs:
+    src = place(batch, root.against).to(pairs.src.device)[pairs.prompt]
+    return pairs_at(run.attention, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
+
+
+def check_roots(model: Model, roots: Sequence[Root], settings: Settings) -> None:
+    """Raise TraceError for no root, one that is no head of the model, and a useless contrast."""
     if not roots:
         raise TraceError("a trace needs at least one root")
+    for root in roots:
+        if root.against is not None and settings.weighting != "exact":
+            raise TraceError(f"root {root} is a contrast, which only the exact weighting can open")
+        if root.against is not None and root.against == root.src:
+            raise TraceError(f"root {root} compares a source with itself")
     for root in roots:
         if not (0 <= root.layer < model.n_layers and 0 <= root.head < model.n_heads):
             raise TraceError(

@@ -5,15 +5,20 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from sparse_signals.models import Model
-from sparse_signals.prompts import Batch
+if TYPE_CHECKING:  # importing torch takes seconds, and a page needs only `atomic`
+    from torch import Tensor
+
+    from sparse_signals.models import Model
+    from sparse_signals.prompts import Batch
 
 Tables = dict[str, pd.DataFrame]
 
@@ -53,11 +58,15 @@ def stream_parquet(tables: Iterable[pd.DataFrame], path: Path) -> None:
                 writer.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
 
 
-def run_key(model: Model, batch: Batch, settings: object) -> str:
-    """A name for a run by its content: weights, tokens, roles, settings. Same key, same results."""
-    digest = sha256(repr((settings, sorted(batch.roles))).encode())
+def run_key(model: "Model", batch: "Batch", settings: object, *more: "Tensor") -> str:
+    """A name for a run by its content. Same key, same results.
+
+    Content: the version of this package, weights, tokens, roles, settings and any tensors besides.
+    """
+    code = version("sparse-signals")
+    digest = sha256(repr((code, settings, sorted(batch.roles))).encode())
     roles = [batch.roles[role] for role in sorted(batch.roles)]
-    for tensor in (*model.bridge.parameters(), batch.tokens, batch.mask, *roles):
+    for tensor in (*model.bridge.parameters(), batch.tokens, batch.mask, *roles, *more):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -27,7 +27,7 @@ from sparse_signals.contributions import (
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch
 from sparse_signals.residual import Run, logit_attribution, run_model
-from sparse_signals.roots import Root, TraceError, check_heads, matches, open_contrasts, place
+from sparse_signals.roots import Root, TraceError, check_roots, open_contrasts, place, starts
 from sparse_signals.runs import chunked, run_key
 from sparse_signals.signals import Pairs, find_firings
 
@@ -68,11 +68,13 @@ def trace(
     Source: Franco and Crovella 2024, section 5; exact shares and contrasts are this book's.
     """
     settings, weights = settings or Settings(), weights or read_weights(model)
-    check_heads(model, roots)
+    check_roots(model, roots, settings)
+    chunks = chunk_rows(model, batch)
     if folder:
-        folder = folder / run_key(model, batch, (settings, tuple(roots)))
+        key = (settings, tuple(roots), chunks)
+        folder = folder / run_key(model, batch, key, weights.maps.dest, weights.maps.src)
     pieces = chunked(
-        chunk_rows(model, batch),
+        chunks,
         lambda rows: vars(trace_rows(weights, batch, rows, roots, settings)),
         folder=folder,
         progress=progress,
@@ -111,7 +113,7 @@ def trace_run(
     """Trace the prompts of a run that is there already; they are numbered from `first_prompt`."""
     pairs = find_firings(run.attention, settings.level, settings.context)
     parts = contributions(weights, run, pairs, settings)
-    start = sum(matches(batch, pairs, root).long() for root in roots)
+    start = starts(run, batch, pairs, roots)
     if any(root.against is not None for root in roots):
         parts = open_contrasts(weights, run, batch, pairs, parts, roots, settings)
     return follow(weights, run, pairs, parts, start, settings, first_prompt)
@@ -147,7 +149,7 @@ def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "p
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     rounding = 1e-12 * values.abs().sum(-1, keepdim=True)
     enough = ordered.cumsum(-1) > settings.share * values.sum(-1, keepdim=True) + rounding
-    wanted = (enough.cumsum(-1) - enough.long() == 0) & (ordered > 0)
+    wanted = (enough.cumsum(-1) - enough.long() == 0) & (ordered > 0) & parts.sides[..., None]
     return torch.zeros_like(wanted).scatter(-1, order, wanted)
 
 
@@ -174,8 +176,8 @@ def _visits(
         visits[here] += calls[pairs.prompt[here], layer, pairs.head[here], pairs.dest[here]]
         pair, side, up, head = to_heads[here].nonzero(as_tuple=True)
         pair = here[pair]
-        place = (pairs.prompt[pair], up, head, token[pair, side])
-        calls.index_put_(place, visits[pair], accumulate=True)
+        called = (pairs.prompt[pair], up, head, token[pair, side])
+        calls.index_put_(called, visits[pair], accumulate=True)
     return visits
 
 

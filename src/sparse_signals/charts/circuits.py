@@ -33,8 +33,8 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
     ]
     common = int(table["percent"].ge(50).sum())
     title = (
-        f"Of {len(table)} edges in {edges['of'].max()} prompts, {common} {_are(common)} in at "
-        f"least half of the prompts; most often, {_named(table, 'percent')}"
+        f"Of {len(table)} edges traced in {edges['of'].max()} prompts, {common} {_are(common)} in "
+        f"at least half of them; most often, {_named(table, 'percent')}"
     )
     return draw(table, _ordered(table, order), ("role of the token", "% of prompts"), tips, title)
 
@@ -52,7 +52,7 @@ def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixi
     tips = [alt.Tooltip("weight:Q", format=".3g"), SHARE]
     title = (
         f"The trace of this prompt has {len(table)} edges; the largest share of one side of a "
-        f"score, {_named(table, 'percent')}"
+        f"score, {_named(table, 'share')}"
     )
     return draw(table, names, ("token", "% of its side of the score"), tips, title)
 
@@ -93,7 +93,8 @@ def _ordered(table: pd.DataFrame, order: Sequence[str]) -> list[str]:
 def _named(table: pd.DataFrame, by: str) -> str:
     """The largest edge in words, with its percentage."""
     edge = table.loc[table[by].idxmax()]
-    return f"{edge['writer']} → {edge['reader']} ({percent(edge[by] / 100)})"
+    share = edge[by] / 100 if by == "percent" else edge[by]
+    return f"{edge['writer']} → {edge['reader']} ({percent(share)})"
 
 
 def _are(count: int) -> str:

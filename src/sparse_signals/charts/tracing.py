@@ -51,8 +51,8 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     return finish(
         chart,
         f"{what}: {kept.get('dest', 0)} components are kept on the destination side and "
-        f"{kept.get('src', 0)} on the source side; over the support the magnitudes "
-        f"add up to a sum {said} than over all slices",
+        f"{kept.get('src', 0)} on the source side; in the support the contributions are {said} "
+        "in sum of magnitudes",
         "Bar chart: for each upstream component its contribution to the score of one firing, once "
         "from the slices in the support and once from all slices. Kept components are filled, "
         "the others pale. Radio buttons choose the side.",
@@ -82,13 +82,13 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
                                         for c in ("share", "low", "high"))],
     )  # fmt: skip
     rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    above = table[table["layer"] > table["layer"].min()]
-    heads = above[above["kind"] == "head"]["share"].mean()
+    above = table[(table["layer"] > table["layer"].min()) & (table["kind"] == "head")]
+    shares = above.groupby("side")["share"].mean()
+    said = " and ".join(f"{percent(shares[side])} of the {side}" for side in SIDES.values())
     chart = (rules + bars).add_params(pick).properties(width=WIDTH - 140, height=260)
     return finish(
         chart,
-        f"Above the first layer, heads carry {percent(heads)} of a side on average; a trace "
-        "over heads alone leaves the rest unexplained",
+        f"Above the first layer, heads carry {said} on average",
         "Dot plot with intervals: for heads of each layer the mean share of their scores that was "
         "written by embeddings, positions, heads, MLPs and biases. Radio buttons choose the side.",
     )
@@ -123,12 +123,13 @@ def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
         (band + line).properties(width=WIDTH - 150, height=180),
         below.properties(width=WIDTH - 150, height=110),
     )
-    lowest = table.groupby("setting")["value"].min()
+    first = table[table["weighting"] == table["weighting"].iloc[0]]
+    lowest = first.groupby("setting")["value"].min()
     worst, best = lowest.idxmin(), lowest.idxmax()
     return finish(
         chart.add_params(pick),
-        f"A trace depends most on the {SETTINGS[worst]} (overlap down to {lowest[worst]:.2f}), "
-        f"least on the {SETTINGS[best]} (down to {lowest[best]:.2f})",
+        f"Within the ranges shown, a trace depends most on the {SETTINGS[worst]} (overlap down to "
+        f"{lowest[worst]:.2f}), least on the {SETTINGS[best]} (down to {lowest[best]:.2f})",
         "Two line charts over the values of one setting: above, the overlap of the edges with the "
         "default trace, with a 95 % band; below, the number of edges a prompt. A menu chooses "
         "the setting; colours and dashes are the two weightings.",
@@ -174,10 +175,12 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     )  # fmt: skip
     first = table[table["slices"] == slices[0]].sort_values("share", ascending=False)
     first = first.drop_duplicates("question").set_index("question").loc[questions]
-    said = "; ".join(f"{q}: {r['component']} ({percent(r['share'])})" for q, r in first.iterrows())
+    look, rather = (first.loc[q] for q in questions)
     return finish(
         (rules + points).add_params(pick).properties(width=WIDTH - 200, height=alt.Step(11)),
-        f"Head {head}, destination side, {slices[0]}. {said[0].upper()}{said[1:]}",
+        f"{look['component']} writes most of {head}'s score at the indirect object "
+        f"({percent(look['share'])}), {rather['component']} most of its preference over the "
+        f"subject ({percent(rather['share'])}): destination side, {slices[0]}",
         "Dot plot with intervals: for each upstream component its share of the score of a head at "
         "the indirect object, and its share of the difference to the score at the subject. "
         "Radio buttons choose which slices are counted.",
@@ -187,8 +190,8 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
 def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Trace against ablation, one point a head; a menu chooses the trace.
 
-    Columns: name, trace, share (of prompts with the head in the trace), effect, low, high, rho,
-    p (of the trace's rank correlation with |effect|).
+    Columns: name, trace, share (of prompts with the head in the trace), effect, low, high, rho
+    (the trace's rank correlation with |effect|), chance and p (within layers).
     """
     traces = list(dict.fromkeys(table["trace"]))
     pick = alt.param(
@@ -208,11 +211,11 @@ def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(y="zero:Q")
     facts = table.drop_duplicates("trace").set_index("trace")
     said = ", ".join(f"{name} ρ = {row['rho']:.2f}" for name, row in facts.iterrows())
-    clear = int(((facts["p"] < 0.05) & (facts["rho"] > 0)).sum())
+    clear = int(((facts["p"] < 0.05) & (facts["rho"] > facts["chance"])).sum())
     return finish(
         (zero + rules + points + names).add_params(pick).properties(width=WIDTH - 60, height=280),
-        f"Heads in more traces have larger effects when ablated, beyond chance, in {clear} of "
-        f"{len(facts)} kinds of trace: {said}",
+        f"In {clear} of {len(facts)} kinds of trace, being in it says more about the effect of "
+        f"ablation than the layer does: {said}",
         "Scatter plot, one point a head: across, the share of prompts whose trace has the head; "
         "upwards, the change of the logit difference when the head is ablated, with intervals. "
         "Heads that stand out are named. A menu chooses the trace.",
