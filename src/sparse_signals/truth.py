@@ -118,7 +118,7 @@ def _whole_score(case: Case) -> Contributions:
     written = run.outputs[pairs.prompt[:, None], token]
     values = torch.einsum("nscd,nsd->nsc", written, w[..., :-1]) / scale[..., None]
     values = torch.cat([values, w[..., -1:]], dim=-1) * _upstream(case)[:, None]
-    return Contributions(values, pairs.score, every)
+    return Contributions(values, pairs.score, every, torch.ones_like(scale, dtype=torch.bool))
 
 
 def _is_head(weights: Weights) -> Bool[Tensor, "component"]:
