@@ -19,7 +19,7 @@ from sparse_signals.heads import head_svd, qk_forms
 from sparse_signals.interventions import MID, PRE, K, Q, V, rotate
 from sparse_signals.models import load_model, qk_weights
 from sparse_signals.paths import intervene
-from sparse_signals.residual import BIAS_ROW, rotation
+from sparse_signals.residual import BIAS_ROW, rotation, run_model
 from traced import SETTINGS, Case, ioi_case, random_case
 
 KINDS = ("gpt2", "llama", "qwen2", "ioi")
@@ -386,6 +386,18 @@ def test_controls_from_other_prompts(cases):
         donor = donor[donor["prompt"] != edge.prompt]
         key = ["upstream", "downstream", "side"]
         assert (donor[key] == [getattr(edge, name) for name in key]).all(axis=1).any()
+
+
+def test_what_components_wrote(case):
+    """As in the run that the trace is made from, where everything is computed at once."""
+    signals = signals_of(case)
+    outputs = run_model(case.model, case.batch.tokens, case.batch.mask).outputs
+    stream = signals.edges["upstream"] != BIAS_ROW
+    names = pd.Index(case.weights.components["component"])
+    place = names.get_indexer(signals.edges.loc[stream, "upstream"])
+    prompt, token = (signals.edges.loc[stream, x].to_numpy() for x in ("prompt", "token"))
+    gap = signals.written[np.flatnonzero(stream)] - outputs[prompt, token, place]
+    assert gap.abs().max() < 1e-12
 
 
 def test_read_signals_in_chunks(cases, monkeypatch):

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from sparse_signals.circuits import KEY, labelled, roles_of
 from sparse_signals.contributions import SIDES, Weights
+from sparse_signals.models import Model, activations
 from sparse_signals.prompts import Batch
-from sparse_signals.residual import BIAS_ROW, rotation, run_model, unrotate
+from sparse_signals.residual import BIAS_ROW, rotation, unrotate, writers
 from sparse_signals.signals import Pairs, by_head
 from sparse_signals.tracing import Trace, chunk_rows
+
+KINDS = ("embedding", "position", "head", "bias", "MLP")
 
 
 @dataclass(frozen=True)
@@ -157,21 +160,46 @@ def _written(
 ) -> tuple[Float[Tensor, "edge d"], Float[Tensor, "edge"]]:
     """What the upstream component of every edge wrote at its token, and the scale there."""
     model, device = weights.model, weights.model.device
-    components = pd.Index(weights.components["component"]).get_indexer(edges["upstream"])
-    component = torch.from_numpy(components).to(device)
     layer, prompt, token = (column(edges, x, device) for x in ("layer", "prompt", "token"))
     written = torch.zeros(len(edges), model.d_model, dtype=model.dtype, device=device)
     scale = torch.zeros(len(edges), dtype=torch.float64, device=device)
+    upstream = weights.components.set_index("component").loc[edges["upstream"]]
     for rows in chunk_rows(model, batch):
         here = ((prompt >= rows.start) & (prompt < rows.stop)).nonzero().flatten()
-        if len(here):
-            run = run_model(model, batch.tokens[rows], batch.mask[rows])
-            place = prompt[here] - rows.start, token[here]
-            scale[here] = run.scale[layer[here], *place].double()
-            stream = component[here] < run.outputs.shape[2]  # not the bias row
-            of = here[stream]
-            written[of] = run.outputs[prompt[of] - rows.start, token[of], component[of]]
+        if not len(here):
+            continue
+        run = activations(model, batch.tokens[rows], ("z", "mlp_out", "scale"))
+        place = prompt[here] - rows.start, token[here]
+        scale[here] = run["scale"][layer[here], *place].double()
+        part = upstream.iloc[here.cpu().numpy()]
+        tokens = batch.tokens.to(device)[prompt[here], token[here]]
+        written[here] = _outputs(model, run, part, *place, tokens)
     return written, scale
+
+
+def _outputs(
+    model: Model,
+    run: dict[str, Tensor],
+    upstream: pd.DataFrame,
+    prompt: Int[Tensor, "edge"],
+    pos: Int[Tensor, "edge"],
+    token: Int[Tensor, "edge"],
+) -> Float[Tensor, "edge d"]:
+    """What components wrote, as in `residual.run_model`, at one place each; 0 for the bias row."""
+    out, kind = writers(model), upstream["kind"].to_numpy()
+    layer, head = (column(upstream, name, prompt.device) for name in ("layer", "head"))
+    wrote = run["mlp_out"].new_zeros(len(kind), model.d_model)
+    of = {name: torch.tensor((kind == name).nonzero()[0], device=prompt.device) for name in KINDS}
+    wrote[of["embedding"]] = model.bridge.embed.W_E[token[of["embedding"]]]
+    if not model.rotary:
+        wrote[of["position"]] = model.bridge.pos_embed.W_pos[pos[of["position"]]]
+    wrote[of["bias"]] = out.bias[layer[of["bias"]]]
+    mlps, heads = of["MLP"], of["head"]
+    wrote[mlps] = run["mlp_out"][layer[mlps], prompt[mlps], pos[mlps]]
+    moved = run["z"][layer[heads], prompt[heads], head[heads], pos[heads]]
+    moved = moved - out.b_V[layer[heads], head[heads]]
+    wrote[heads] = by_reader(moved, out.W_O, layer[heads], head[heads])
+    return wrote
 
 
 def _supports(traced: Trace, edges: pd.DataFrame, rank: int) -> Bool[Tensor, "edge r"]:

@@ -1,0 +1,70 @@
+"""Chapter 5: what interventions on all edges cost, against full forward passes."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from bench_tracing import random_batch
+from common import LENGTH, clock, load_random, ratios
+
+from sparse_signals.circuits import KEY, labelled, roles_of
+from sparse_signals.contributions import Settings, read_weights
+from sparse_signals.heads import read_attention
+from sparse_signals.models import logits
+from sparse_signals.roots import Root
+from sparse_signals.signals import find_firings
+from sparse_signals.sweeps import sweep
+from sparse_signals.tracing import trace
+
+SETTINGS = Settings(level=2.5, context=True)
+ROOT_LAYERS = (9, 10)  # those of the published roots
+VARIANTS = 4  # global and local, ablate and boost
+TARGETS = {
+    "full pass for each edge and variant / sweep over all edges": (">=", 10),
+    "an intervention of the sweep / forward pass of its prompt in a batch": ("<=", 0.25),
+}
+
+
+def three_roots(model, batch):
+    """The three heads of the published roots' layers that fire most often from the last token."""
+    attention = read_attention(model, batch.tokens, batch.mask)
+    pairs = find_firings(attention, SETTINGS.level, SETTINGS.context)
+    table = pairs[pairs.dest == LENGTH - 1].table()
+    counts = table.loc[table["layer"].isin(ROOT_LAYERS), "name"].value_counts()
+    return [Root(*map(int, name.split("."))) for name in counts.sort_index().nlargest(3).index]
+
+
+def full_pass(model, tokens, layer):
+    """A forward pass with a hook that adds to the residual stream, all logits read out."""
+
+    def add(value, hook):
+        value[:, -1] += 1
+        return value
+
+    with torch.no_grad():
+        return model.bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_in", add)])
+
+
+def measure(prompts=48, sample=12):
+    """One row per ratio."""
+    model = load_random()
+    numbers = torch.arange(prompts)
+    batch = replace(random_batch(prompts), io=numbers + 10, s=numbers + 1000)
+    weights = read_weights(model)
+    traced = trace(model, batch, three_roots(model, batch), SETTINGS, weights=weights)
+    swept, table = clock(lambda: sweep(model, batch, traced, weights=weights), repeats=1)
+    pooled = labelled(traced.edges, roles_of(batch)).groupby(KEY)["prompt"].unique()
+    some = np.random.default_rng(0).choice(len(pooled), sample, replace=False)
+    full = sum(
+        clock(lambda p=pooled.iloc[n]: full_pass(model, batch.tokens[p], 6), repeats=2)[0]
+        for n in some
+    )
+    forward, _ = clock(lambda: logits(model, batch.tokens, torch.full((prompts,), LENGTH - 1)))
+    passes = len(pooled) * VARIANTS
+    seconds = [(full / sample * passes, swept), (swept / len(table), forward / prompts)]
+    notes = [
+        f"{sample} of {passes} passes timed, scaled; {pooled.str.len().mean():.1f} prompts each",
+        f"{len(table)} interventions, {len(traced.edges)} edges in {prompts} prompts; the sweep "
+        f"takes {swept / forward:.0f} forward passes of all prompts, without vocabulary",
+    ]
+    return ratios(TARGETS, seconds, notes)
