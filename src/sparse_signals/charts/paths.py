@@ -118,9 +118,11 @@ def effects_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
                                      opacity=pale)  # fmt: skip
     upward = base.mark_rule().encode(x="reader:Q", y="answer_low:Q", y2="answer_high:Q",
                                      opacity=pale)  # fmt: skip
-    name = base.transform_filter(mark).mark_text(align="left", dx=9, dy=-9).encode(
-        x="reader:Q", y="answer:Q", text="edge:N"
-    )  # fmt: skip
+    name = base.mark_text(align="left", dx=9, dy=-9).encode(
+        x="reader:Q",
+        y="answer:Q",
+        text=alt.when(mark).then("edge:N").otherwise(alt.value("")),
+    )
     panels = []
     for n, scope in enumerate(("local", "global")):
         layers = [across, upward, points.add_params(mark) if n == 0 else points, name]

@@ -7,7 +7,6 @@ import pandas as pd
 from sparse_signals.charts.base import (
     HIGHLIGHT,
     WIDTH,
-    colour_and_dash,
     diverging,
     finish,
 )
@@ -30,8 +29,8 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     roots = distinct(table["root"])
     pick = menu("root", roots)
     base = alt.Chart(table).transform_filter("datum.root == root").encode(
-        alt.X("second:N").title(None).axis(labelAngle=-40),
-        alt.Y("first:N").title(None),
+        alt.X("second:N").title(None).sort(None).axis(labelAngle=-40),
+        alt.Y("first:N").title(None).sort(None),
         tooltip=["first:N", "second:N", *numbers("value", "low", "high")],
     )  # fmt: skip
     squares = base.mark_rect(strokeWidth=3).encode(
@@ -68,19 +67,20 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     Columns: circuit, scales, round, measure, value, low, high.
     """
     pick = menu("measure", list(KEPT), list(KEPT.values()))
+    name = "scales of the normalisation"
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.X("round:O").title("paths knocked out").axis(labelAngle=0),
-        **colour_and_dash("scales:N", "scales of the normalisation"),
+        alt.Color("scales:N").title(name),
     )  # fmt: skip
-    lines = base.mark_line(point=True).encode(
+    lines = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("scales:N").legend(None))
+    points = base.mark_point(filled=True, size=60).encode(
         alt.Y("value:Q").title("mean").scale(zero=True),
+        alt.Shape("scales:N").title(name),
         tooltip=["scales:N", "round:O", *numbers("value", "low", "high")],
     )
-    rules = base.mark_rule(strokeDash=[1, 0]).encode(
-        y="low:Q", y2="high:Q", strokeDash=alt.StrokeDashValue([1, 0])
-    )
+    rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
     chart = (
-        alt.layer(rules, lines)
+        alt.layer(rules, lines, points)
         .properties(width=WIDTH // 2 - 60, height=220)
         .facet(column=alt.Column("circuit:N").title(None).sort(distinct(table["circuit"])))
         .resolve_scale(y="independent")
@@ -122,17 +122,18 @@ def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -
     pick = menu("curve", names, radio=True)
     base = alt.Chart(shown[shown["size"] > 0]).transform_filter("datum.curve == curve").encode(
         alt.X("size:Q").title("edges in the circuit").scale(type="log"),
-        **colour_and_dash("method:N", "edges ranked by"),
+        alt.Color("method:N").title("edges ranked by"),
     )  # fmt: skip
-    solid = alt.StrokeDashValue([1, 0])
-    band = base.mark_area(opacity=0.15).encode(y="low:Q", y2="high:Q", strokeDash=solid)
-    line = base.mark_line(point=True).encode(
+    band = base.mark_area(opacity=0.15).encode(y="low:Q", y2="high:Q")
+    line = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("method:N").legend(None))
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(
         alt.Y("value:Q").title("0: as with all edges closed, 1: the model"),
+        alt.Shape("method:N").title("edges ranked by"),
         tooltip=["method:N", "size:Q", *numbers("value", "low", "high")],
     )
     goal = line_at("y", level) + line_at("y", 2 - level)
     return finish(
-        (goal + band + line).add_params(pick).properties(width=WIDTH - 120, height=300),
+        (goal + band + line + points).add_params(pick).properties(width=WIDTH - 120, height=300),
         _reached_title(reached, level),
         "Line chart with 95 % bands over the number of edges, on a logarithmic axis: how much of "
         "the logit difference a circuit gives alone, for several rankings of the edges. Dashed: "
