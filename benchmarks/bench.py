@@ -8,6 +8,7 @@ Naive code is timed on a sample and scaled; the table says how large the sample 
 import argparse
 import resource
 
+import bench_paths
 import bench_tracing
 import pandas as pd
 import torch
@@ -100,6 +101,7 @@ if __name__ == "__main__":
     if options.growth:
         show(bench_tracing.growth())
     else:
-        show(pd.concat([measure(options.prompts), bench_tracing.measure(options.prompts)]))
+        tables = [measure(options.prompts), bench_tracing.measure(options.prompts)]
+        show(pd.concat([*tables, bench_paths.measure()]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.1f} GiB, {torch.get_num_threads()} threads")
