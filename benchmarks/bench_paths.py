@@ -21,7 +21,7 @@ ROOT_LAYERS = (9, 10)  # those of the published roots
 VARIANTS = 4  # global and local, ablate and boost
 TARGETS = {
     "full pass for each edge and variant / sweep over all edges": (">=", 10),
-    "an intervention of the sweep / forward pass of its prompt in a batch": ("<=", 0.25),
+    "an intervention of the sweep / forward pass of its prompt in a batch": ("<=", 0.33),
 }
 
 

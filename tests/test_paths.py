@@ -395,7 +395,7 @@ def test_what_components_wrote(case):
     stream = signals.edges["upstream"] != BIAS_ROW
     names = pd.Index(case.weights.components["component"])
     place = names.get_indexer(signals.edges.loc[stream, "upstream"])
-    prompt, token = (signals.edges.loc[stream, x].to_numpy() for x in ("prompt", "token"))
+    prompt, token = (signals.edges.loc[stream, x].to_numpy(copy=True) for x in ("prompt", "token"))
     gap = signals.written[np.flatnonzero(stream)] - outputs[prompt, token, place]
     assert gap.abs().max() < 1e-12
 

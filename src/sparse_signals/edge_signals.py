@@ -89,9 +89,8 @@ def read_signals(
 ) -> Signals:
     """The signals of the edges of a trace, or of some of them. One run of the model, in chunks.
 
-    δ = M (MᵀM)⁺ (1_S ∘ Mᵀ x_a), in float64. Without rotation and biases M's columns are multiples
-    of the singular vectors, and δ is the projection V_S V_Sᵀ x_a (U_S U_Sᵀ x_a) of Franco and
-    Crovella 2024, section 6.
+    δ = M (MᵀM)⁺ (1_S ∘ Mᵀ x_a), in float64. Without rotation and biases it is the projection
+    V_S V_Sᵀ x_a (destination: U_S U_Sᵀ x_a) of Franco and Crovella 2024, section 6.
     """
     quirks, model = quirks or PathQuirks(), weights.model
     edges = (traced.edges if edges is None else edges).reset_index(drop=True)

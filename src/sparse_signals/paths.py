@@ -66,25 +66,23 @@ def intervene(
     output of upstream, or the query or key), and probability of IO and its change if asked for.
     Raises ValueError for edges of prompts that `clean` lacks, or of two prompts in one row.
     """
-    quirks, device = quirks or PathQuirks(), clean.end.device
+    device, quirks = clean.end.device, quirks or PathQuirks()
     rows = torch.arange(len(signals)) if rows is None else rows
     numbers, row = rows.to(device).unique(return_inverse=True)
     prompt = _prompts(clean, signals, row)
     variants, of = list(product(scopes, modes)), len(numbers)
     inputs = _inputs(layers, signals, row, quirks.patch_qkv)
-    row_prompt = prompt.new_zeros(of).index_copy(0, row, prompt)
-    everyone = torch.arange(len(clean.end), device=device)
-    starts = torch.arange(len(variants), device=device)[:, None] * of
-    outcome = recompute(
-        layers,
-        clean,
-        torch.cat([row_prompt.repeat(len(variants)), everyone]),
+    changes = (
         _in_variants(_stream(layers, signals, row), "global", variants, of),
         _in_variants(inputs, "local", variants, of),
-        _probes(signals, torch.cat([(row + starts).flatten(), len(variants) * of + prompt])),
-        freeze_norms=freeze_norms,
-        probability=probability,
     )
+    # the rows of each variant, then every prompt without changes
+    of_row = prompt.new_zeros(of).index_copy(0, row, prompt).repeat(len(variants))
+    every = torch.cat([of_row, torch.arange(len(clean.end), device=device)])
+    starts = torch.arange(len(variants), device=device)[:, None] * of
+    probes = _probes(signals, torch.cat([(row + starts).flatten(), len(of_row) + prompt]))
+    how = {"freeze_norms": freeze_norms, "probability": probability}
+    outcome = recompute(layers, clean, every, *changes, probes, **how)
     table = _results(outcome, signals, row, prompt, variants, of)
     local = _moved(inputs, clean, signals, prompt)
     same = _cosines(layers, signals, local, variants)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,11 @@ class Plan:
     freeze_norms: bool = False
     probability: bool = False
 
+    def options(self) -> dict[str, Any]:
+        """What `intervene` is told."""
+        names = ("scopes", "modes", "quirks", "freeze_norms", "probability")
+        return {name: getattr(self, name) for name in names}
+
 
 def sweep(
     model: Model,
@@ -72,20 +78,8 @@ def sweep(
     layers = read_layers(model)
 
     def work(rows: slice) -> dict[str, pd.DataFrame]:
-        clean = clean_run(model, batch, rows)
-        tables = [
-            intervene(
-                layers,
-                clean,
-                variant,
-                scopes=plan.scopes,
-                modes=plan.modes,
-                quirks=plan.quirks,
-                freeze_norms=plan.freeze_norms,
-                probability=plan.probability,
-            )
-            for variant in _variants(signals, others, rows, plan)
-        ]
+        clean, variants = clean_run(model, batch, rows), _variants(signals, others, rows, plan)
+        tables = [intervene(layers, clean, variant, **plan.options()) for variant in variants]
         return {"sweep": pd.concat(tables, ignore_index=True)}
 
     if folder:
@@ -134,8 +128,7 @@ def summary(
     counts once: edges with the same key in it and repeats of a control are averaged first. F_size
     is |F_change|. Rows with control "signal − X" are the paired difference to control X.
     """
-    table = table.assign(F_size=table["F_change"].abs())
-    table = labelled(table, roles_of(batch)).astype({"upstream": "str", "side": "str"})
+    table = labelled(table.assign(F_size=table["F_change"].abs()), roles_of(batch))
     by = [*KEY, "scope", "mode", "control"]
     each = table.groupby([*by, "prompt"], sort=False)[list(measures)].mean().reset_index()
     each = pd.concat([each, *_differences(each, by, measures)], ignore_index=True)
@@ -147,7 +140,7 @@ def summary(
     parts = []
     for measure in measures:
         mean = partial(_mean, number, size, each[measure].to_numpy())
-        resampled = np.array([mean(draw[prompts]) for draw in draws])
+        resampled = [mean(draw[prompts]) for draw in draws]
         bounds = np.nanquantile(resampled, [0.025, 0.975], axis=0) if size else np.empty((2, 0))
         columns = {"value": mean(np.ones(len(each))), "low": bounds[0], "high": bounds[1]}
         parts.append(pooled.assign(measure=measure, **columns))
