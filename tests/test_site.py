@@ -137,8 +137,8 @@ def drawing(chart):
 
 
 def changed(chart, before):
-    """Whether the drawing becomes another one within half a second."""
-    for _ in range(10):
+    """Whether the drawing becomes another one within a second."""
+    for _ in range(20):
         if drawing(chart) != before:
             return True
         chart.page.wait_for_timeout(50)

@@ -27,7 +27,7 @@ from sparse_signals.signals import (
 
 SIDES = ("dest", "src")
 WEIGHTINGS = ("exact", "published", "norm")
-ROWS = 8  # readers of one token that are multiplied by its components at once
+ROWS = 16  # readers of one token that are multiplied by its components at once
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,17 @@ def _values(
     sorted_place = place[order]
     rank = torch.arange(len(place), device=place.device)
     rank = rank - (count.cumsum(0) - count)[sorted_place]
-    values = w.new_empty(len(place), components)
+    values, flat = w.new_empty(len(place), components), run.outputs.flatten(0, 1)
     for first in range(0, int(count.max()), ROWS):
         here = (count > first).nonzero().flatten()
+        if 2 * len(here) > len(flat):  # then fetching costs more than empty rows
+            here = torch.arange(len(flat), device=flat.device)
         now = (rank >= first) & (rank < first + ROWS)
         slot = torch.searchsorted(here, sorted_place[now]), rank[now] - first
         tiles = w.new_zeros(len(here), ROWS, width)
         tiles[slot] = w[order[now]]
-        values[order[now]] = (tiles @ run.outputs.flatten(0, 1)[here].mT)[slot]
+        outputs = flat if len(here) == len(flat) else flat[here]
+        values[order[now]] = (tiles @ outputs.mT)[slot]
     values = values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
     return torch.cat([values, read[..., -1:]], dim=-1)
 

@@ -68,9 +68,9 @@ def draw(
 
 
 def default_prune(percents: pd.Series) -> int:
-    """The whole percentage that leaves about 40 edges; 0 when there are hardly more."""
+    """The whole percentage that leaves about 40 edges; all of them when there are hardly more."""
     if len(percents) <= SHOWN * 1.25:
-        return 0
+        return int(percents.min())  # one step more drops the weakest
     kept = pd.Series({least: int((percents >= least).sum()) for least in range(101)})
     return int((kept[kept > 0] - SHOWN).abs().idxmin())
 

@@ -97,7 +97,9 @@ def effects_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     answer_low, answer_high (change of the logit difference). Menus for trace and edge; a click
     chooses an edge too.
     """
-    edges, traces = sorted(set(table["edge"])), distinct(table["trace"])
+    traces = distinct(table["trace"])
+    first = table["trace"] == traces[0]  # the trace that is shown comes first in the menu
+    edges = distinct(pd.concat([table[first], table[~first]])["edge"])
     pick = menu("trace", traces, radio=True)
     names = alt.binding_select(
         options=[None, *edges], labels=["none", *edges], name="highlighted edge "
@@ -194,6 +196,8 @@ def menu(
     kind = alt.binding_radio if radio else alt.binding_select
     words = {"labels": list(labels)} if labels else {}
     bind = kind(options=list(options), name=f"{name} ", **words)
+    if len(options) == 1:  # nothing to choose
+        return alt.param(name=name, value=options[0])
     return alt.param(name=name, value=options[0], bind=bind)
 
 

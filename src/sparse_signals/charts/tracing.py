@@ -103,13 +103,11 @@ def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
         options=list(SETTINGS), labels=list(SETTINGS.values()), name="setting "
     )
     pick = alt.param(name="setting", value="share", bind=menu)
-    base = alt.Chart(table).transform_filter("datum.setting == setting").encode(
-        alt.X("x:Q").title("value of the setting").scale(zero=False),
-        **colour_and_dash("weighting:N", "weighting"),
+    plain = alt.Chart(table).transform_filter("datum.setting == setting").encode(
+        alt.X("x:Q").title("value of the setting").scale(zero=False)
     )  # fmt: skip
-    band = base.mark_area(opacity=0.2).encode(
-        y="low:Q", y2="high:Q", strokeDash=alt.StrokeDashValue([1, 0])
-    )
+    band = plain.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q", color="weighting:N")
+    base = plain.encode(**colour_and_dash("weighting:N", "weighting"))
     tip = ["weighting:N", "x:Q", *(alt.Tooltip(c, format=".2f") for c in INTERVAL)]
     line = base.mark_line(point=True).encode(
         alt.Y("value:Q").title("overlap with the default trace").scale(domain=[0, 1]),
