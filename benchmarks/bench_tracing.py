@@ -4,7 +4,7 @@ import resource
 
 import pandas as pd
 import torch
-from common import LENGTH, clock, load_random, ratios
+from common import LENGTH, clock, clock_in_turn, load_random, ratios
 
 from sparse_signals.contributions import Settings, contributions, read_weights, readers
 from sparse_signals.models import logits
@@ -60,8 +60,10 @@ def measure(prompts=256):
     part = batch.rows(slice(0, 32))
     run = run_model(model, part.tokens, part.mask)
     roots, pairs = highest_roots(run), find_firings(run.attention)
-    forward, _ = clock(lambda: logits(model, batch.tokens, last))
-    total, traced = clock(lambda: trace(model, batch, roots, weights=weights))
+    forward, total, traced = clock_in_turn(
+        lambda: logits(model, batch.tokens, last),
+        lambda: trace(model, batch, roots, weights=weights),
+    )
     batched, found = clock(lambda: contributions(weights, run, pairs, Settings()))
     few = pairs[torch.arange(0, len(pairs), max(1, len(pairs) // 12))]
     looped, _ = clock(lambda: loop(model, weights, run, few), repeats=1)

@@ -10,7 +10,7 @@ from sparse_signals.knockouts import Rounds, knock_out, run_without, takeover
 from sparse_signals.paths import intervene
 from sparse_signals.planted import planted
 from sparse_signals.residual import run_model
-from sparse_signals.tracing import Root, TraceError, read_weights, trace_rows
+from sparse_signals.tracing import Root, TraceError, read_weights, trace_run
 from test_switchboard import KINDS, TOLERANCE, batch_of
 
 
@@ -61,7 +61,8 @@ def test_a_removed_signal_is_a_global_ablation(kind, weights, batch, freeze):
     """As `paths.intervene` has it, on an edge into a head of the last layer at the last token."""
     model, settings = weights.model, Settings(level=0.5, context=True)
     roots = [Root(2, head, "end") for head in range(model.n_heads)]
-    traced = trace_rows(weights, batch, slice(0, 6), roots, settings)
+    run = run_model(model, batch.tokens, batch.mask)
+    traced = trace_run(weights, run, batch, roots, settings)
     edges = traced.edges[traced.edges["downstream"].str.startswith("2.")]
     edges = edges[edges["upstream"].str.match("[0-9]|MLP")].iloc[:1]
     signals = read_signals(weights, batch, traced, edges)

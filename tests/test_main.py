@@ -317,15 +317,15 @@ def test_a_trace_that_was_cut_off_goes_on(said, out, monkeypatch, no_page):
     assert said("trace --ioi 4 --root 1.4")[0] == 0
     whole = pd.read_parquet(out / "edges.parquet"), read_circuit(out / "circuit.parquet").edges
     shutil.rmtree(out)
-    calls, real = [], tracing.trace_rows
+    calls, real = [], tracing.trace_run
 
-    def failing(weights, batch, rows, *rest):
-        calls.append(rows.start)
+    def failing(*arguments, first_prompt):
+        calls.append(first_prompt)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        return real(weights, batch, rows, *rest)
+        return real(*arguments, first_prompt=first_prompt)
 
-    monkeypatch.setattr(tracing, "trace_rows", failing)
+    monkeypatch.setattr(tracing, "trace_run", failing)
     code, _, error = said("trace --ioi 4 --root 1.4")
     assert code == 2 and error.endswith("sparse-signals: No space left on device\n")
     said("signals --ioi 2")  # in the same folder, leaves the finished chunks of the trace alone
@@ -339,15 +339,15 @@ def test_a_trace_that_was_cut_off_goes_on(said, out, monkeypatch, no_page):
 
 def test_swapped_names_are_another_run(said, out, tmp_path, monkeypatch, no_page):
     """Same tokens, other roles: finished chunks of the one are not those of the other."""
-    sheet, calls, real = tmp_path / "a.csv", [], tracing.trace_rows
+    sheet, calls, real = tmp_path / "a.csv", [], tracing.trace_run
 
-    def counting(*arguments):
+    def counting(*arguments, first_prompt):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, first_prompt=first_prompt)
 
-    monkeypatch.setattr(tracing, "trace_rows", counting)
+    monkeypatch.setattr(tracing, "trace_run", counting)
     monkeypatch.setattr(tracing, "CHUNK_BYTES", 1)
     for io, s in (("Kate", "Tom"), ("Tom", "Kate")):
         text = NAMED + " Kate and Tom"

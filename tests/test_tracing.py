@@ -151,15 +151,15 @@ def test_chunks_give_what_one_run_gives(model, batch, monkeypatch):
 def test_a_run_that_was_cut_off_goes_on(tiny_gpt2, batch, monkeypatch, tmp_path):
     roots = roots_of(tiny_gpt2, batch)
     monkeypatch.setattr(tracing, "CHUNK_BYTES", 1)
-    whole, calls, real = trace(tiny_gpt2, batch, roots, LEVEL), [], tracing.trace_rows
+    whole, calls, real = trace(tiny_gpt2, batch, roots, LEVEL), [], tracing.trace_run
 
-    def failing(weights, batch, rows, *rest):
-        calls.append(rows.start)
+    def failing(*arguments, first_prompt):
+        calls.append(first_prompt)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(weights, batch, rows, *rest)
+        return real(*arguments, first_prompt=first_prompt)
 
-    monkeypatch.setattr(tracing, "trace_rows", failing)
+    monkeypatch.setattr(tracing, "trace_run", failing)
     with pytest.raises(KeyboardInterrupt):
         trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
     resumed = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_signals.grouped import grouped_matmul
 from sparse_signals.heads import QKForms, head_svd, qk_forms
 from sparse_signals.models import Model
 from sparse_signals.residual import Run, component_table, rotation, unrotate, writers
@@ -27,7 +28,6 @@ from sparse_signals.signals import (
 
 SIDES = ("dest", "src")
 WEIGHTINGS = ("exact", "published", "norm")
-ROWS = 16  # readers of one token that are multiplied by its components at once
 
 
 @dataclass(frozen=True)
@@ -198,29 +198,11 @@ def _scale(run: Run, pairs: Pairs) -> Float[Tensor, "pair side"]:
 def _values(
     run: Run, pairs: Pairs, read: Float[Tensor, "pair side d1"]
 ) -> Float[Tensor, "pair side component"]:
-    """x_c(t)·w / s_t of every component of the residual stream, and last w's entry for the bias.
-
-    Readers are sorted by token, so that the outputs there are fetched once for `ROWS` of them.
-    """
-    prompts, length, components, width = run.outputs.shape
+    """x_c(t)·w / s_t of every component of the residual stream, and last w's entry for the bias."""
+    length, components = run.outputs.shape[1:3]
     w = read[..., :-1].flatten(0, 1).to(run.outputs.dtype)
     place = (pairs.prompt[:, None] * length + receiving(pairs)).flatten()
-    order = place.argsort(stable=True)
-    count = torch.bincount(place, minlength=prompts * length)
-    sorted_place = place[order]
-    rank = torch.arange(len(place), device=place.device)
-    rank = rank - (count.cumsum(0) - count)[sorted_place]
-    values, flat = w.new_empty(len(place), components), run.outputs.flatten(0, 1)
-    for first in range(0, int(count.max()), ROWS):
-        here = (count > first).nonzero().flatten()
-        if 2 * len(here) > len(flat):  # then fetching costs more than empty rows
-            here = torch.arange(len(flat), device=flat.device)
-        now = (rank >= first) & (rank < first + ROWS)
-        slot = torch.searchsorted(here, sorted_place[now]), rank[now] - first
-        tiles = w.new_zeros(len(here), ROWS, width)
-        tiles[slot] = w[order[now]]
-        outputs = flat if len(here) == len(flat) else flat[here]
-        values[order[now]] = (tiles @ outputs.mT)[slot]
+    values = grouped_matmul(w, run.outputs.flatten(0, 1).mT, place)
     values = values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
     return torch.cat([values, read[..., -1:]], dim=-1)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.models import Model, activations, qk_weights
+from sparse_signals.models import Model, activations, qk_weights, score_divisors
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,8 @@ def read_attention(
 ) -> Attention:
     """Run the model and keep the queries, keys and attention weights of every head."""
     cache = activations(model, tokens, ("q", "k", "pattern"), progress=progress)
-    scale = qk_weights(model).scale.to(cache["q"].device)
-    mask = mask.to(cache["q"].device)
-    return Attention(cache["q"], cache["k"], cache["pattern"], mask, scale)
+    mask = mask.to(model.device)
+    return Attention(cache["q"], cache["k"], cache["pattern"], mask, score_divisors(model))
 
 
 def scores(attention: Attention) -> Float[Tensor, "layer prompt head dest src"]:

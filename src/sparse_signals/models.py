@@ -211,8 +211,8 @@ def _arranged(model: Model, name: str, value: Tensor) -> Tensor:
         return value.squeeze(-1)
     if name not in ("q", "k", "v", "z", "q_raw", "k_raw"):
         return value
-    value = value.transpose(1, 2)
-    return value.repeat_interleave(model.n_heads // value.shape[1], dim=1)
+    value = value.transpose(1, 2).unsqueeze(2)
+    return value.expand(-1, -1, model.n_heads // value.shape[1], -1, -1).flatten(1, 2)
 
 
 def _batches(
@@ -241,6 +241,12 @@ def _run(
     return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, 0]
 
 
+def score_divisors(model: Model) -> Float[Tensor, "layer"]:
+    """What q·k is divided by to give the score: √r, times layer + 1 where the model says so."""
+    divisors = [1 / block.attn.original_component.scaling for block in model.bridge.blocks]
+    return torch.tensor(divisors, dtype=torch.float64, device=model.device)
+
+
 def qk_weights(model: Model) -> QKWeights:
     """Query and key weights, norm gain and shift, and score divisor of every head, in float64."""
     blocks = model.bridge.blocks
@@ -256,7 +262,6 @@ def qk_weights(model: Model) -> QKWeights:
 
     gain = stack([block.ln1.w for block in blocks])
     shifts = [getattr(block.ln1, "b", None) for block in blocks]
-    divisors = [1 / block.attn.original_component.scaling for block in blocks]
     return QKWeights(
         W_Q=stack([block.attn.W_Q for block in blocks]),
         b_Q=biases("b_Q", model.n_heads),
@@ -264,6 +269,6 @@ def qk_weights(model: Model) -> QKWeights:
         b_K=biases("b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
         gain=gain,
         shift=torch.zeros_like(gain) if shifts[0] is None else stack(shifts),
-        scale=torch.tensor(divisors, dtype=torch.float64, device=model.device),
+        scale=score_divisors(model),
         centred=not blocks[0].ln1.uses_rms_norm,
     )

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.heads import Attention
-from sparse_signals.models import Model, activations, qk_weights
+from sparse_signals.models import Model, activations, score_divisors
 from sparse_signals.prompts import Batch, PromptError
 
 BIAS_ROW = "bias row"
@@ -75,41 +75,56 @@ def writers(model: Model) -> Writers:
     return Writers(W_O, b_V, bias)
 
 
+def new_outputs(
+    model: Model, prompts: int, length: int
+) -> Float[Tensor, "prompt pos component d"]:
+    """Space for `Run.outputs`, components first in memory: each is written where it belongs."""
+    components = len(component_table(model)) - 1
+    size = components, prompts, length, model.d_model
+    return torch.empty(size, dtype=model.dtype, device=model.device).movedim(0, 2)
+
+
 def run_model(
-    model: Model, tokens: Int[Tensor, "prompt pos"], mask: Bool[Tensor, "prompt pos"]
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    mask: Bool[Tensor, "prompt pos"],
+    space: Float[Tensor, "some pos component d"] | None = None,
 ) -> Run:
-    """Run the model once; split what it wrote into components. Head outputs cost P·T·L·H·r·d."""
+    """Run the model once; split what it wrote into components. Head outputs cost P·T·L·H·r·d.
+
+    `space` (from `new_outputs`, for at least as many prompts) spares the time that the operating
+    system takes for new memory; the next run that uses it overwrites the outputs of this one.
+    """
     cache = activations(model, tokens, ("q", "k", "v", "z", "pattern", "mlp_out", "scale"))
     mask, tokens = mask.to(model.device), tokens.to(model.device)
-    attention = Attention(
-        cache["q"], cache["k"], cache["pattern"], mask, qk_weights(model).scale.to(model.device)
-    )
+    attention = Attention(cache["q"], cache["k"], cache["pattern"], mask, score_divisors(model))
     out = writers(model)
-    outputs = _outputs(model, tokens, out, cache["z"] - out.b_V[:, None, :, None], cache["mlp_out"])
-    v = cache["v"] - out.b_V[:, None, :, None]
+    outputs = new_outputs(model, *tokens.shape) if space is None else space[: len(tokens)]
+    z, v = (cache[name] - out.b_V[:, None, :, None] for name in ("z", "v"))
+    _write(outputs, model, tokens, out, z, cache["mlp_out"])
     return Run(tokens, attention, outputs, cache["scale"], v)
 
 
-def _outputs(
+def _write(
+    outputs: Float[Tensor, "prompt pos component d"],
     model: Model,
     tokens: Int[Tensor, "prompt pos"],
     out: Writers,
     z: Float[Tensor, "layer prompt head pos r"],
     mlp: Float[Tensor, "layer prompt pos d"],
-) -> Float[Tensor, "prompt pos component d"]:
-    layers, prompts, heads, length, _ = z.shape
-    first = 1 if model.rotary else 2
-    outputs = z.new_empty(prompts, length, first + layers * (heads + 2), model.d_model)
-    outputs[:, :, 0] = model.bridge.embed.W_E[tokens]
+) -> None:
+    layers, heads, length = len(z), z.shape[2], z.shape[3]
+    written = outputs.movedim(2, 0)
+    first = len(written) - layers * (heads + 2)
+    written[0] = model.bridge.embed.W_E[tokens]
     if not model.rotary:
-        outputs[:, :, 1] = model.bridge.pos_embed.W_pos[:length]
-    each = outputs[:, :, first:].unflatten(2, (layers, heads + 2))
+        written[1] = model.bridge.pos_embed.W_pos[:length]
+    each = written[first:].unflatten(0, (layers, heads + 2))
     for layer in range(layers):
-        rows = z[layer].transpose(0, 1).flatten(1, 2) @ out.W_O[layer]
-        each[:, :, layer, :heads] = rows.unflatten(1, (prompts, length)).movedim(0, 2)
-        each[:, :, layer, heads] = out.bias[layer]
-        each[:, :, layer, heads + 1] = mlp[layer]
-    return outputs
+        rows = z[layer].transpose(0, 1).flatten(1, 2)
+        torch.matmul(rows, out.W_O[layer], out=each[layer, :heads].flatten(1, 2))
+        each[layer, heads] = out.bias[layer]
+        each[layer, heads + 1] = mlp[layer]
 
 
 def rotation(

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_signals.grouped import grouped_matmul
 from sparse_signals.heads import Attention, HeadSVD, participation_ratio
-
-TILE = 64  # pairs of one head that are multiplied by its r×r map at once
 
 
 @dataclass(frozen=True)
@@ -176,19 +175,9 @@ def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"
 def by_head(
     x: Float[Tensor, "pair n"], maps: Float[Tensor, "layer head n m"], pairs: Pairs
 ) -> Float[Tensor, "pair m"]:
-    """Every row times the map of its head: rows sorted by head, in tiles of one head each."""
+    """Every row times the map of its head."""
     head = pairs.layer * maps.shape[1] + pairs.head
-    maps = maps.to(x.device).flatten(0, 1)
-    count = torch.bincount(head, minlength=len(maps))
-    tiles = (count + TILE - 1) // TILE
-    start = TILE * (tiles.cumsum(0) - tiles) - (count.cumsum(0) - count)
-    order = head.argsort(stable=True)
-    slot = start[head[order]] + torch.arange(len(x), device=x.device)
-    tiled = x.new_zeros(int(tiles.sum()) * TILE, x.shape[-1])
-    tiled[slot] = x[order]
-    of_tile = torch.arange(len(maps), device=x.device).repeat_interleave(tiles)
-    product = (tiled.view(-1, TILE, x.shape[-1]) @ maps[of_tile]).flatten(0, 1)
-    return x.new_empty(len(x), maps.shape[-1]).index_copy_(0, order, product[slot])
+    return grouped_matmul(x, maps.to(x.device).flatten(0, 1), head)
 
 
 def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:

@@ -26,12 +26,12 @@ from sparse_signals.contributions import (
 )
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch
-from sparse_signals.residual import Run, logit_attribution, run_model
+from sparse_signals.residual import Run, logit_attribution, new_outputs, run_model
 from sparse_signals.roots import Root, TraceError, check_roots, open_contrasts, place, starts
 from sparse_signals.runs import chunked, run_key
 from sparse_signals.signals import Pairs, find_firings
 
-CHUNK_BYTES = 2**28  # what all components of a chunk of prompts wrote
+CHUNK_BYTES = 2**29  # what all components of a chunk of prompts wrote
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ def trace(
     if folder:
         key = (settings, tuple(roots), chunks)
         folder = folder / run_key(model, batch, key, weights.maps.dest, weights.maps.src)
-    pieces = chunked(
-        chunks,
-        lambda rows: vars(trace_rows(weights, batch, rows, roots, settings)),
-        folder=folder,
-        progress=progress,
-    )
+    space = new_outputs(model, chunks[0].stop, batch.tokens.shape[1])
+
+    def work(rows: slice) -> dict[str, pd.DataFrame]:
+        part = batch.rows(rows)
+        run = run_model(model, part.tokens, part.mask, space)
+        return vars(trace_run(weights, run, part, roots, settings, first_prompt=rows.start))
+
+    pieces = chunked(chunks, work, folder=folder, progress=progress)
     traced = _joined([Trace(**piece) for piece in pieces])
     _check_fired(traced, batch, roots, settings)
     return traced
@@ -91,15 +93,6 @@ def chunk_rows(model: Model, batch: Batch) -> list[slice]:
     size = length * components * model.d_model * (8 if model.dtype == torch.float64 else 4)
     step = max(1, CHUNK_BYTES // size)
     return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
-
-
-def trace_rows(
-    weights: Weights, batch: Batch, rows: slice, roots: Sequence[Root], settings: Settings
-) -> Trace:
-    """Trace some prompts of a batch with one run of the model."""
-    part = batch.rows(rows)
-    run = run_model(weights.model, part.tokens, part.mask)
-    return trace_run(weights, run, part, roots, settings, first_prompt=rows.start)
 
 
 def trace_run(
