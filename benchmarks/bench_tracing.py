@@ -64,7 +64,7 @@ def measure(prompts=256):
         lambda: logits(model, batch.tokens, last),
         lambda: trace(model, batch, roots, weights=weights),
     )
-    batched, found = clock(lambda: contributions(weights, run, pairs, Settings()))
+    batched, found = clock(lambda: contributions(weights, run, pairs, Settings()), 9)
     few = pairs[torch.arange(0, len(pairs), max(1, len(pairs) // 12))]
     looped, _ = clock(lambda: loop(model, weights, run, few), repeats=1)
     notes = [

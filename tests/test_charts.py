@@ -94,6 +94,8 @@ def test_colours_stand_out_on_light_and_dark_pages(colour, background):
 def test_spec_does_not_depend_on_the_last_bits_of_a_scale(table):
     def spec(limit):
         scale = alt.Scale(domain=[-limit, limit])
-        return base.canonical(alt.Chart(table).mark_bar().encode(alt.X("x:Q", scale=scale)).to_dict())
+        return base.canonical(
+            alt.Chart(table).mark_bar().encode(alt.X("x:Q", scale=scale)).to_dict()
+        )
 
     assert spec(6.025038672963486) == spec(6.025038672963485)

@@ -3,24 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import vl_convert
 
+from drawing import drawn, spec, title
 from sparse_signals.charts import paths, redundancy
-from sparse_signals.charts.base import canonical
-
-
-def spec(chart):
-    return canonical(chart.to_dict())
-
-
-def title(chart):
-    return " ".join(spec(chart)["title"]["text"])
-
-
-def drawn(chart):
-    pictures = [vl_convert.vegalite_to_svg(spec(chart), vl_version=v) for v in ("5.8", "6.4")]
-    assert spec(chart)["description"]
-    return pictures[1]
 
 
 def test_together_compares_the_sum_with_the_joint_loss():

@@ -4,22 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import vl_convert
 
+from drawing import drawn
 from sparse_signals import signals
-from sparse_signals.charts import base, nulls
+from sparse_signals.charts import nulls
 from sparse_signals.charts import signals as charts
 
 
 def text(chart) -> str:
     return " ".join(chart.to_dict()["title"]["text"])
-
-
-def drawn(chart) -> str:
-    """The chart as SVG; a spec that Vega-Lite cannot draw raises."""
-    spec = base.canonical(chart.to_dict())
-    assert spec["description"]
-    return vl_convert.vegalite_to_svg(spec, vl_version="6.4")
 
 
 def opened(silent):

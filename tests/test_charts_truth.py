@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
+from drawing import drawn
 from sparse_signals import planted_pictures, truth
 from sparse_signals.charts import base
 from sparse_signals.charts import planted as pictures
@@ -17,13 +18,6 @@ METHODS = ("exact", "whole score", "loudest")
 
 def text(chart) -> str:
     return " ".join(chart.to_dict()["title"]["text"])
-
-
-def drawn(chart) -> str:
-    """The chart as SVG; a spec that Vega-Lite cannot draw raises."""
-    spec = base.canonical(chart.to_dict())
-    assert spec["description"]
-    return vl_convert.vegalite_to_svg(spec, vl_version="6.4")
 
 
 def with_value(chart, name, value):

@@ -472,7 +472,7 @@ def test_folders_that_cannot_be_written_to(said, tmp_path):
     for out in (path, path / "below"):
         code, _, error = said(f"signals --ioi 2 --out {out}")
         assert code == 2
-        assert re.search(rf"cannot write to {out} \((file exists|not a directory)\)", error)
+        assert re.search(rf"cannot write to {out} \((it is a file|not a directory)\)", error)
         assert error.endswith("name a folder with --out\n")
 
 

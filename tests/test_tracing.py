@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from sparse_signals import prompts, runs, tracing
-from sparse_signals.contributions import Settings, contributions, read_weights
+from sparse_signals.contributions import Contributions, Settings, contributions, read_weights
 from sparse_signals.models import load_model
 from sparse_signals.prompts import Batch, PromptError
 from sparse_signals.residual import run_model
+from sparse_signals.roots import place
 from sparse_signals.signals import find_firings
-from sparse_signals.tracing import Root, TraceError, strongest_roots, trace
+from sparse_signals.tracing import Root, TraceError, kept_components, strongest_roots, trace
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
 PLACE = ["prompt", "upstream", "downstream", "side", "dest", "src"]
@@ -325,3 +326,23 @@ def test_runs_are_named_by_their_content(tiny_gpt2, tiny_llama, batch):
     keys = [runs.run_key(tiny_gpt2, batch, "b"), runs.run_key(tiny_llama, batch, "a"),
             runs.run_key(tiny_gpt2, other, "a")]  # fmt: skip
     assert one == runs.run_key(tiny_gpt2, batch, "a") and one not in keys
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [(0.5, [1, 0, 0, 0]), (0.6, [1, 0, 1, 0]), (0.9, [1, 0, 1, 0]), (0.95, [1, 1, 1, 0])],
+)
+def test_a_side_keeps_the_fewest_that_exceed_the_share(share, kept):
+    """Of 0.6, 0.15, 0.35 and −0.1, which sum to 1: reaching a share is not exceeding it."""
+    values = torch.tensor([0.6, 0.15, 0.35, -0.1], dtype=torch.float64).expand(1, 2, 4)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    parts = Contributions(values, values.sum(-1)[:, 0], every, every)
+    found = kept_components(parts, Settings(share=share))
+    assert found[0].int().tolist() == [kept, kept]
+
+
+def test_neighbours_of_a_role_stay_inside(batch):
+    end, last = batch.mask.sum(1) - 1, batch.tokens.shape[1] - 1
+    assert place(batch, "end-1").tolist() == (end - 1).tolist()
+    assert place(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
+    assert place(batch, "end-99").tolist() == [0] * len(end)

@@ -110,7 +110,7 @@ def open_folder(out: Path) -> Path:
         with tempfile.TemporaryFile(dir=out):
             return out
     except OSError as error:
-        reason = error.strerror.lower()
+        reason = "it is a file" if out.is_file() else error.strerror.lower()
         raise UsageError(f"cannot write to {out} ({reason}): name a folder with --out") from error
 
 

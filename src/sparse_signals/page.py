@@ -74,7 +74,10 @@ def edge_table(edges: pd.DataFrame) -> str:
     table = rounded(drawn_edges(edges)).sort_values("prompts", ascending=False, kind="stable")
     head = "".join(_heading(key, name) for key, name in COLUMNS.items())
     body = "\n".join(_row(edge) for edge in table.to_dict("records"))
-    caption = f"Prompts are of {fmt(edges['of'].max())}; share is of the side of the score."
+    caption = (
+        f"Prompts are of {fmt(edges['of'].max())}; weight is the mean contribution to the score "
+        "(as it enters the softmax, if weighting is exact), share its part of the side's sum."
+    )
     return (
         f'<table id="edges" data-sort="{SORT}"><caption>{caption}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"

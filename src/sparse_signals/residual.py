@@ -60,6 +60,14 @@ def component_table(model: Model) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["component", "kind", "layer", "head", "height"])
 
 
+def fitting_rows(model: Model, batch: Batch, limit: int) -> list[slice]:
+    """Prompts in chunks: all outputs of the components of a chunk fit into `limit` bytes."""
+    prompts, length = batch.tokens.shape
+    components = len(component_table(model)) - 1
+    step = max(1, limit // (length * components * model.d_model * model.dtype.itemsize))
+    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+
+
 def writers(model: Model) -> Writers:
     """How heads write, in the dtype of the model. b_V W_O is part of the bias of the layer."""
     blocks = [block.attn for block in model.bridge.blocks]
@@ -75,9 +83,7 @@ def writers(model: Model) -> Writers:
     return Writers(W_O, b_V, bias)
 
 
-def new_outputs(
-    model: Model, prompts: int, length: int
-) -> Float[Tensor, "prompt pos component d"]:
+def new_outputs(model: Model, prompts: int, length: int) -> Float[Tensor, "prompt pos component d"]:
     """Space for `Run.outputs`, components first in memory: each is written where it belongs."""
     components = len(component_table(model)) - 1
     size = components, prompts, length, model.d_model

@@ -20,7 +20,14 @@ from sparse_signals.heads import QKForms, qk_forms
 from sparse_signals.interventions import rotate
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch, PromptError
-from sparse_signals.residual import Writers, component_table, rotation, run_model, writers
+from sparse_signals.residual import (
+    Writers,
+    component_table,
+    fitting_rows,
+    rotation,
+    run_model,
+    writers,
+)
 
 ABLATIONS = ("mean", "resample")
 INTACT = "intact"
@@ -115,12 +122,8 @@ def role_numbers(batch: Batch, roles: tuple[str, ...]) -> Int[Tensor, "prompt po
 
 
 def chunks(model: Model, batch: Batch) -> list[slice]:
-    """Prompts that are run together: what their components write fits into `CHUNK_BYTES`."""
-    prompts, length = batch.tokens.shape
-    components = 2 + model.n_layers * (model.n_heads + 2)
-    size = length * components * model.d_model * model.dtype.itemsize
-    step = max(1, CHUNK_BYTES // size)
-    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+    """Prompts that are run together."""
+    return fitting_rows(model, batch, CHUNK_BYTES)
 
 
 def _written(model: Model, batch: Batch) -> Iterator[tuple[slice, Tensor]]:

@@ -26,12 +26,19 @@ from sparse_signals.contributions import (
 )
 from sparse_signals.models import Model
 from sparse_signals.prompts import Batch
-from sparse_signals.residual import Run, logit_attribution, new_outputs, run_model
+from sparse_signals.residual import (
+    Run,
+    component_table,
+    fitting_rows,
+    logit_attribution,
+    new_outputs,
+    run_model,
+)
 from sparse_signals.roots import Root, TraceError, check_roots, open_contrasts, place, starts
 from sparse_signals.runs import chunked, run_key
 from sparse_signals.signals import Pairs, find_firings
 
-CHUNK_BYTES = 2**29  # what all components of a chunk of prompts wrote
+CHUNK_BYTES = 2**29  # what all components write on the prompts of one chunk
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,8 @@ def trace(
 
 
 def chunk_rows(model: Model, batch: Batch) -> list[slice]:
-    """Prompts in chunks of which all component outputs fit into `CHUNK_BYTES`."""
-    prompts, length = batch.tokens.shape
-    components = 2 + model.n_layers * (model.n_heads + 2)
-    size = length * components * model.d_model * (8 if model.dtype == torch.float64 else 4)
-    step = max(1, CHUNK_BYTES // size)
-    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+    """Prompts that are traced together."""
+    return fitting_rows(model, batch, CHUNK_BYTES)
 
 
 def trace_run(
@@ -250,7 +253,7 @@ def strongest_roots(
         firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
     if not firing:
         raise TraceError("no head fires from the last token of any prompt: lower the level")
-    first = 1 if model.rotary else 2
-    per_head = shares[first:-1].view(model.n_layers, model.n_heads + 2)
+    is_head = (component_table(model)["kind"] == "head").tolist()
+    per_head = shares[torch.tensor(is_head)].view(model.n_layers, model.n_heads)
     best = sorted(firing, key=lambda head: -float(per_head[head]))
     return [Root(*head) for head in best[:n]]

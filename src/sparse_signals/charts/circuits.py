@@ -31,11 +31,13 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
         *(alt.Tooltip(f"{name}:Q", format=".3g") for name in ("weight", "low", "high")),
         SHARE,
     ]
-    common = int(table["percent"].ge(50).sum())
+    common, of = int(table["percent"].ge(50).sum()), edges["of"].max()
     title = (
-        f"Of {len(table)} edges traced in {edges['of'].max()} prompts, {common} {_are(common)} in "
+        f"Of {len(table)} edges traced in {of} prompts, {common} {_are(common)} in "
         f"at least half of them; most often, {_named(table, 'percent')}"
     )
+    if of == 1:
+        title = f"{len(table)} edges were traced in one prompt"
     return draw(table, _ordered(table, order), ("role of the token", "% of prompts"), tips, title)
 
 
