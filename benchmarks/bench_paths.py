@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from bench_tracing import random_batch
 from common import LENGTH, clock, load_random, ratios
@@ -45,25 +44,25 @@ def full_pass(model, tokens, layer):
         return model.bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_in", add)])
 
 
-def measure(prompts=48, sample=12):
+def measure(prompts=48):
     """One row per ratio."""
     model = load_random()
     numbers = torch.arange(prompts)
     batch = replace(random_batch(prompts), io=numbers + 10, s=numbers + 1000)
     weights = read_weights(model)
     traced = trace(model, batch, three_roots(model, batch), SETTINGS, weights=weights)
-    swept, table = clock(lambda: sweep(model, batch, traced, weights=weights), repeats=1)
-    pooled = labelled(traced.edges, roles_of(batch)).groupby(KEY)["prompt"].unique()
-    some = np.random.default_rng(0).choice(len(pooled), sample, replace=False)
+    swept, table = clock(lambda: sweep(model, batch, traced, weights=weights), repeats=2)
+    pooled = labelled(traced.edges, roles_of(batch)).groupby(KEY)["prompt"].nunique()
+    sizes = pooled.value_counts()  # a pass takes the prompts that have the edge
     full = sum(
-        clock(lambda p=pooled.iloc[n]: full_pass(model, batch.tokens[p], 6), repeats=2)[0]
-        for n in some
+        count * clock(lambda n=size: full_pass(model, batch.tokens[:n], 6), repeats=2)[0]
+        for size, count in sizes.items()
     )
     forward, _ = clock(lambda: logits(model, batch.tokens, torch.full((prompts,), LENGTH - 1)))
     passes = len(pooled) * VARIANTS
-    seconds = [(full / sample * passes, swept), (swept / len(table), forward / prompts)]
+    seconds = [(full * VARIANTS, swept), (swept / len(table), forward / prompts)]
     notes = [
-        f"{sample} of {passes} passes timed, scaled; {pooled.str.len().mean():.1f} prompts each",
+        f"{passes} passes of {pooled.mean():.1f} prompts; each size timed, times its number",
         f"{len(table)} interventions, {len(traced.edges)} edges in {prompts} prompts; the sweep "
         f"takes {swept / forward:.0f} forward passes of all prompts, without vocabulary",
     ]
