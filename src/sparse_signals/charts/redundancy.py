@@ -70,11 +70,12 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     name = "scales of the normalisation"
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.X("round:O").title("paths knocked out").axis(labelAngle=0),
-        alt.Color("scales:N").title(name),
+        alt.Color("scales:N").legend(None),
     )  # fmt: skip
     lines = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("scales:N").legend(None))
     points = base.mark_point(filled=True, size=60).encode(
         alt.Y("value:Q").title("mean").scale(zero=True),
+        alt.Color("scales:N").title(name),
         alt.Shape("scales:N").title(name),
         tooltip=["scales:N", "round:O", *numbers("value", "low", "high")],
     )
@@ -122,12 +123,13 @@ def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -
     pick = menu("curve", names, radio=True)
     base = alt.Chart(shown[shown["size"] > 0]).transform_filter("datum.curve == curve").encode(
         alt.X("size:Q").title("edges in the circuit").scale(type="log"),
-        alt.Color("method:N").title("edges ranked by"),
+        alt.Color("method:N").legend(None),
     )  # fmt: skip
     band = base.mark_area(opacity=0.15).encode(y="low:Q", y2="high:Q")
     line = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("method:N").legend(None))
     points = base.mark_point(filled=True, size=45, opacity=1).encode(
         alt.Y("value:Q").title("0: as with all edges closed, 1: the model"),
+        alt.Color("method:N").title("edges ranked by"),
         alt.Shape("method:N").title("edges ranked by"),
         tooltip=["method:N", "size:Q", *numbers("value", "low", "high")],
     )
