@@ -67,16 +67,15 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     Columns: circuit, scales, round, measure, value, low, high.
     """
     pick = menu("measure", list(KEPT), list(KEPT.values()))
-    name = "scales of the normalisation"
+    name, kinds = "scales of the normalisation", distinct(table["scales"])
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.X("round:O").title("paths knocked out").axis(labelAngle=0),
-        alt.Color("scales:N").legend(None),
+        alt.Color("scales:N").title(name).scale(domain=kinds).legend(symbolOpacity=1),
     )  # fmt: skip
     lines = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("scales:N").legend(None))
     points = base.mark_point(filled=True, size=60).encode(
         alt.Y("value:Q").title("mean").scale(zero=True),
-        alt.Color("scales:N").title(name),
-        alt.Shape("scales:N").title(name),
+        alt.Shape("scales:N").title(name).scale(domain=kinds).legend(symbolOpacity=1),
         tooltip=["scales:N", "round:O", *numbers("value", "low", "high")],
     )
     rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
@@ -120,17 +119,16 @@ def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -
         for name in names
     ]
     shown = pd.concat(parts, ignore_index=True)
-    pick = menu("curve", names, radio=True)
+    pick, kinds = menu("curve", names, radio=True), distinct(shown["method"])
     base = alt.Chart(shown[shown["size"] > 0]).transform_filter("datum.curve == curve").encode(
         alt.X("size:Q").title("edges in the circuit").scale(type="log"),
-        alt.Color("method:N").legend(None),
+        alt.Color("method:N").title("edges ranked by").scale(domain=kinds).legend(symbolOpacity=1),
     )  # fmt: skip
     band = base.mark_area(opacity=0.15).encode(y="low:Q", y2="high:Q")
     line = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("method:N").legend(None))
     points = base.mark_point(filled=True, size=45, opacity=1).encode(
         alt.Y("value:Q").title("0: as with all edges closed, 1: the model"),
-        alt.Color("method:N").title("edges ranked by"),
-        alt.Shape("method:N").title("edges ranked by"),
+        alt.Shape("method:N").title("edges ranked by").scale(domain=kinds).legend(symbolOpacity=1),
         tooltip=["method:N", "size:Q", *numbers("value", "low", "high")],
     )
     goal = line_at("y", level) + line_at("y", 2 - level)
