@@ -1,7 +1,7 @@
 """Chapter 5: how much of the answer a circuit gives alone, and who finds the smaller circuit.
 
 A circuit is a set of edges of a `Switchboard`, given as places in its flattened gates. It is run
-with all other edges closed. Every method ranks all edges; curves compare equal numbers of them.
+with all other edges closed. Methods rank the edges of positive value; curves compare equal numbers.
 """
 
 from collections.abc import Mapping, Sequence
