@@ -21,6 +21,7 @@ def test_every_row_meets_the_matrix_of_its_group(sizes):
     torch.testing.assert_close(found, looped, atol=1e-13, rtol=1e-13)
 
 
-def test_no_rows():
+@pytest.mark.parametrize("groups", [0, 2])
+def test_no_rows(groups):
     nobody = torch.empty(0, dtype=torch.long)
-    assert grouped_matmul(torch.empty(0, 5), torch.ones(2, 5, 3), nobody).shape == (0, 3)
+    assert grouped_matmul(torch.empty(0, 5), torch.ones(groups, 5, 3), nobody).shape == (0, 3)

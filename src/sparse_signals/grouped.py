@@ -21,7 +21,7 @@ def grouped_matmul(
     ordered, rank = group[order], torch.arange(len(x), device=x.device)
     rank = rank - (count.cumsum(0) - count)[ordered]
     product = x.new_empty(len(x), matrices.shape[-1])
-    first, size, largest = 0, ROWS, int(count.max())
+    first, size, largest = 0, ROWS, int(count.max()) if len(x) else 0
     while first < largest:
         here = (count > first).nonzero().flatten()
         whole = 2 * len(here) > len(matrices)  # then picking costs more than empty rows
