@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from sparse_signals.contributions import SIDES
 from sparse_signals.prompts import Batch
-from sparse_signals.residual import logit_attribution, run_model
+from sparse_signals.residual import fitting_rows, logit_attribution, run_model
 from sparse_signals.switchboard import (
+    CHUNK_BYTES,
     Outcome,
     Switchboard,
-    chunks,
     role_numbers,
     run_rows,
     run_switched,
@@ -116,7 +116,7 @@ def edge_attribution(board: Switchboard, steps: int = 5) -> Gate:
     for step in range(steps):
         gate = torch.full(total.shape, (step + 0.5) / steps, dtype=board.model.dtype)
         gate = gate.to(board.model.device).requires_grad_()
-        for rows in chunks(board.model, board.batch):
+        for rows in fitting_rows(board.model, board.batch, CHUNK_BYTES):
             with torch.enable_grad():
                 difference = run_rows(board, gate, rows).difference.sum()
                 total += torch.autograd.grad(difference, gate)[0].double().cpu()
@@ -131,7 +131,7 @@ def head_value(board: Switchboard, seed: int = 0) -> Gate:
     """
     table, model = board.components, board.model
     shares: Tensor | float = 0.0
-    for rows in chunks(model, board.batch):
+    for rows in fitting_rows(model, board.batch, CHUNK_BYTES):
         part = board.batch.rows(rows)
         run = run_model(model, part.tokens, part.mask)
         shares = shares + logit_attribution(model, run, part)[0].sum(0).cpu()

@@ -121,13 +121,8 @@ def role_numbers(batch: Batch, roles: tuple[str, ...]) -> Int[Tensor, "prompt po
     return torch.tensor([[number.get(name, -1) for name in row] for row in token_roles(batch)])
 
 
-def chunks(model: Model, batch: Batch) -> list[slice]:
-    """Prompts that are run together."""
-    return fitting_rows(model, batch, CHUNK_BYTES)
-
-
 def _written(model: Model, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-    for rows in chunks(model, batch):
+    for rows in fitting_rows(model, batch, CHUNK_BYTES):
         yield rows, run_model(model, batch.tokens[rows], batch.mask[rows]).outputs
 
 
@@ -165,7 +160,7 @@ def _drawn(
 
 
 def _scales(model: Model, batch: Batch) -> Float[Tensor, "layer prompt pos"]:
-    rows = chunks(model, batch)
+    rows = fitting_rows(model, batch, CHUNK_BYTES)
     return torch.cat([run_model(model, batch.tokens[r], batch.mask[r]).scale for r in rows], dim=1)
 
 
@@ -181,7 +176,10 @@ def run_switched(
     alike. With all gates 1 this is the model as it is. Costs about a forward pass.
     """
     with torch.no_grad():
-        outcomes = [run_rows(board, gate, rows) for rows in chunks(board.model, board.batch)]
+        outcomes = [
+            run_rows(board, gate, rows)
+            for rows in fitting_rows(board.model, board.batch, CHUNK_BYTES)
+        ]
     difference = torch.cat([outcome.difference for outcome in outcomes])
     return Outcome(difference, torch.cat([outcome.pattern for outcome in outcomes], dim=1))
 

@@ -35,9 +35,9 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
     title = (
         f"Of {len(table)} edges traced in {of} prompts, {common} {_are(common)} in "
         f"at least half of them; most often, {_named(table, 'percent')}"
+        if of > 1
+        else f"Traced in one prompt: {len(table)} edges, the largest share {_named(table, 'share')}"
     )
-    if of == 1:
-        title = f"{len(table)} edges were traced in one prompt"
     return draw(table, _ordered(table, order), ("role of the token", "% of prompts"), tips, title)
 
 
