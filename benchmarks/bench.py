@@ -8,15 +8,17 @@ Naive code is timed on a sample and scaled; the table says how large the sample 
 import argparse
 import resource
 
-import bench_paths
-import bench_tracing
 import pandas as pd
 import torch
-from common import LENGTH, clock, load_random, ratios
 
-from sparse_signals import signals
-from sparse_signals.heads import head_svd, qk_forms, read_attention
-from sparse_signals.models import logits
+import bench_paths
+import bench_tracing
+from common import LENGTH, clock, load_random, ratios
+from sparse_signals.core.model import logits
+from sparse_signals.core.run import read_attention
+from sparse_signals.heads.svd import head_svd, qk_forms
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.signals.slices import coordinates, support
 
 TARGETS = {
     "dense SVD of 144 heads / thin-QR SVD": (">=", 20),
@@ -27,9 +29,9 @@ TARGETS = {
 
 def find_everything(attention, svd):
     """What chapter 3 computes for a batch of prompts."""
-    pairs = signals.find_firings(attention)
-    slices = signals.coordinates(svd, attention, pairs).slices
-    return pairs, slices, signals.support(slices)
+    pairs = find_firings(attention)
+    slices = coordinates(svd, attention, pairs).slices
+    return pairs, slices, support(slices)
 
 
 def loop(attention, svd, prompts):

@@ -3,17 +3,18 @@
 from dataclasses import replace
 
 import torch
+
 from bench_tracing import random_batch
 from common import LENGTH, clock, load_random, ratios
-
-from sparse_signals.circuits import KEY, labelled, roles_of
-from sparse_signals.contributions import Settings, read_weights
-from sparse_signals.heads import read_attention
-from sparse_signals.models import logits
-from sparse_signals.roots import Root
-from sparse_signals.signals import find_firings
-from sparse_signals.sweeps import sweep
-from sparse_signals.tracing import trace
+from sparse_signals.core.model import logits
+from sparse_signals.core.prompts import roles_of
+from sparse_signals.core.run import read_attention
+from sparse_signals.interventions.intervene import sweep
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.tracing.circuit import KEY, labelled
+from sparse_signals.tracing.contributions import Settings, read_weights
+from sparse_signals.tracing.roots import Root
+from sparse_signals.tracing.trace import trace
 
 SETTINGS = Settings(level=2.5, context=True)
 ROOT_LAYERS = (9, 10)  # those of the published roots

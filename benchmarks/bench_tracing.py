@@ -4,14 +4,16 @@ import resource
 
 import pandas as pd
 import torch
-from common import LENGTH, clock, clock_in_turn, load_random, ratios
 
-from sparse_signals.contributions import Settings, contributions, read_weights, readers
-from sparse_signals.models import logits
-from sparse_signals.prompts import Batch
-from sparse_signals.residual import run_model, writers
-from sparse_signals.signals import coordinates, find_firings, support
-from sparse_signals.tracing import Root, trace
+from common import LENGTH, clock, clock_in_turn, load_random, ratios
+from sparse_signals.core.model import logits
+from sparse_signals.core.prompts import Batch
+from sparse_signals.core.run import run_model, writers
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.signals.slices import coordinates, support
+from sparse_signals.tracing.contributions import Settings, contributions, read_weights, readers
+from sparse_signals.tracing.roots import Root
+from sparse_signals.tracing.trace import trace
 
 TARGETS = {
     "trace beyond its forward pass / forward pass": ("<=", 0.5),

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_signals.models import load_model
+from sparse_signals.core.model import load_model
 
 LENGTH = 17
 AWAKE, SHARPNESS, REST = 4, 2.05, 0.5

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparse_signals.book import DEFAULT_MODEL
+from sparse_signals.app.notebook import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from stories import held_out_pair
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sparse_signals.heads import head_svd, head_table, qk_forms
-from sparse_signals.models import load_model
-from sparse_signals.prompts import TEMPLATES, Batch, encode, ioi_prompts
+from sparse_signals.core.model import load_model
+from sparse_signals.core.prompts import Batch, encode, ioi_prompts
+from sparse_signals.core.sentences import TEMPLATES
+from sparse_signals.heads.svd import head_svd, head_table, qk_forms
+from stories import held_out_pair
 
 SEEN = tuple(t for t in TEMPLATES if not t.held_out)
 UNSEEN = tuple(t for t in TEMPLATES if t.held_out)

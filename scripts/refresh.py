@@ -11,7 +11,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from sparse_signals.book import edition
+from sparse_signals.app.notebook import edition
 
 BOOK = Path(__file__).parents[1] / "book"
 KEPT = ("tags", "mystnb")

@@ -11,8 +11,8 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_signals.prompts import fill
-from sparse_signals.sentences import NAMES, OBJECTS, PLACES, TEMPLATES
+from sparse_signals.core.prompts import fill
+from sparse_signals.core.sentences import NAMES, OBJECTS, PLACES, TEMPLATES
 
 CAST = 4
 DRILLS = (

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from evidence import Candidate, measure
-from stories import build_tokenizer, window
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from evidence import Candidate, measure
+from stories import build_tokenizer, window
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "src" / "sparse_signals" / "assets" / "gpt2-ioi"

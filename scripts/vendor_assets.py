@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_signals.page import vega_script
+from sparse_signals.app.page import vega_script
 
 VENDOR = Path(__file__).parents[1] / "book" / "_static" / "vendor"
 

@@ -11,18 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transfor
 import pytest
 import torch
 
-from sparse_signals.models import Model, load_model
+from random_models import ROTARY, SIZES, save_random_model
+from sparse_signals.core.model import Model, load_model
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [  # works as root in a container, and asks no host for anything by itself
     "--no-sandbox",
@@ -33,23 +24,6 @@ OPTIONS = [  # works as root in a container, and asks no host for anything by it
     "--disable-component-update",
     "--disable-sync",
 ]
-
-
-def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:
-    """Save a random model of one architecture, with norms and biases that are not trivial."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    hf_config = AutoConfig.for_model(kind, **config)
-    model = AutoModelForCausalLM.from_config(hf_config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "attn" in name:
-                parameter.mul_(5)  # attention that is far from uniform
-    model.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")

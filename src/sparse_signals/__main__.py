@@ -2,7 +2,7 @@
 
 import sys
 
-from sparse_signals.cli import main
+from sparse_signals.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

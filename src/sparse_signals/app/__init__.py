@@ -1,0 +1,1 @@
+"""What people touch: the command line, the page it writes, what a notebook needs, the site."""

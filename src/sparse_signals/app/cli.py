@@ -1,0 +1,281 @@
+"""The command line: what can be said, and what comes back when it goes wrong.
+
+Nothing here imports torch, so help and usage errors come at once; `commands` does the work.
+"""
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sparse_signals.app.errors import PROGRAM, UsageError
+
+DESCRIPTION = """\
+Which slices carry the attention scores of a language model, and from which components they come.
+
+Exit codes: 0 done, 2 bad usage or input, 130 stopped (the same command goes on where it stopped).
+"""
+EXAMPLES = """\
+examples:
+  sparse-signals signals
+  sparse-signals signals --model smollm2-135m --prompt "The keys to the old house are here"
+  sparse-signals trace --ioi 32 --top 2
+  sparse-signals trace --model path/to/model --prompts prompts.csv --root 9.9 --out circuits
+
+`sparse-signals trace --help` lists the options of trace. `python -m sparse_signals` is the same.
+"""
+SIGNALS = """\
+Find all firings of all heads: pairs of tokens with attention and score above a bar, the first
+token left out as source. Slice their scores, and write which slices carry each, and how few.
+
+Writes DIR/firings.parquet: prompt, layer, head, dest, src, attention, score, support (singular
+pairs, from 0), size, participation, ninety, settled, cancellation, error.
+"""
+SIGNALS_EXAMPLES = """\
+examples:
+  sparse-signals signals --ioi 256 --seed 1 --out firings
+  sparse-signals signals --prompts texts.txt --level 0.3
+  sparse-signals signals --prompt "Then, Tom and Kate sat in the park." --dtype float64
+"""
+TRACE = """\
+Follow signals upstream: from the roots to the components that wrote what they heard, and on to
+the firings of those heads. Then pool the edges of all prompts into one circuit.
+
+Writes to DIR: edges.parquet (every edge in every prompt), circuit.graphml, circuit.json and
+circuit.parquet (edges pooled over prompts), and circuit.html to look at.
+"""
+TRACE_EXAMPLES = """\
+examples:
+  sparse-signals trace --ioi 32 --top 2
+  sparse-signals trace --root 1.4 --root 1.5 --out movers
+  sparse-signals trace --firing 1.4:end:IO
+  sparse-signals trace --firing 1.4:end:IO:S1 --fraction all
+  sparse-signals trace --root 1.5 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
+
+Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2 (the one that
+comes twice), S1+1 (the token after S1), end (the last token; the only role without names).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 2 bad usage or input, 130 stopped."""
+    started, parser = time.perf_counter(), make_parser()
+    try:
+        options = parser.parse_args(argv)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        if options.command == "trace" and options.top and options.root + options.firing:
+            parser.error("--top chooses the roots: leave it out, or --root and --firing")
+        from sparse_signals.app.commands import run
+
+        run(options, started)
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of both commands."""
+    parser = _parser(_Parser, DESCRIPTION, EXAMPLES, prog=PROGRAM)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    signals = _parser(
+        commands.add_parser,
+        SIGNALS,
+        SIGNALS_EXAMPLES,
+        name="signals",
+        help="every firing of every head, with its support and how sparse it is",
+    )
+    trace = _parser(
+        commands.add_parser,
+        TRACE,
+        TRACE_EXAMPLES,
+        name="trace",
+        help="circuits: signals followed upstream from the heads that answer",
+    )
+    for command in (signals, trace):
+        _add_input(command)
+    _add_roots(trace)
+    for command in (signals, trace):
+        _add_settings(command)
+    _add_trace_settings(trace)
+    return parser
+
+
+def _parser(
+    make: Callable[..., argparse.ArgumentParser], description: str, examples: str, **names: str
+) -> argparse.ArgumentParser:
+    return make(
+        **names,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_input(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="NAME_OR_DIR",
+        help="gpt2-ioi (the default, shipped), gpt2-small, smollm2-135m, or a directory in "
+        "Hugging Face format; without it, the environment variable MODEL",
+    )
+    group = command.add_argument_group("prompts (one of the three)")
+    group = group.add_mutually_exclusive_group()
+    group.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated"
+    )
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help=".txt with a prompt a line, or .csv with a column text and, if known, io and s",
+    )
+    group.add_argument(
+        "--ioi",
+        metavar="N",
+        type=count,
+        default=64,
+        help="N prompts in which someone gives something to someone (default: 64)",
+    )
+    command.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="which --ioi prompts are drawn (default 0)"
+    )
+
+
+def _add_roots(trace: argparse.ArgumentParser) -> None:
+    group = trace.add_argument_group("roots, where the trace starts")
+    group.add_argument(
+        "--root",
+        metavar="L.H",
+        type=root,
+        action="append",
+        default=[],
+        help="firings of head H of layer L (from 0) from the last token; may be repeated",
+    )
+    group.add_argument(
+        "--firing",
+        metavar="L.H:DEST[:SRC[:OTHER]]",
+        type=firing,
+        action="append",
+        default=[],
+        help="firings with this destination and source, roles or positions; with OTHER, opened by "
+        "the difference to the score of that source; may be repeated",
+    )
+    group.add_argument(
+        "--top",
+        metavar="N",
+        type=count,
+        help="without --root and --firing: the N heads that write most of the answer "
+        "themselves, for prompts with two names (default: 3)",
+    )
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("settings")
+    group.add_argument(
+        "--level",
+        metavar="X",
+        type=number,
+        default=0.5,
+        help="attention from which a head fires (default: 0.5)",
+    )
+    group.add_argument(
+        "--context",
+        action="store_true",
+        help="the level is a multiple of uniform attention, 1 / tokens in sight",
+    )
+    group.add_argument(
+        "--fraction",
+        metavar="F",
+        type=fraction,
+        default=1.0,
+        help="share of the score that a support exceeds, or all, for every slice (default: 1)",
+    )
+    group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("sparse-signals-out"),
+        help="folder for the files, which replace older ones (default: sparse-signals-out)",
+    )
+    group.add_argument(
+        "--quiet", action="store_true", help="print errors only: no progress, no summary"
+    )
+
+
+def _add_trace_settings(trace: argparse.ArgumentParser) -> None:
+    group = trace.add_argument_group("settings of the trace")
+    group.add_argument(
+        "--share",
+        metavar="F",
+        type=number,
+        default=0.7,
+        help="share of a side that the components kept exceed (default: 0.7)",
+    )
+    group.add_argument(
+        "--weighting",
+        choices=("exact", "published"),
+        default="exact",
+        help="shares of the score over all components, or the paper's weights, heads only",
+    )
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def fraction(text: str) -> float | None:
+    """A number, or None for "all"."""
+    return None if text == "all" else number(text)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def root(text: str) -> tuple[int, int]:
+    """Layer and head of "9.6"."""
+    if not re.fullmatch(r"\d+\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no head: write layer.head, as in 9.6")
+    layer, head = text.split(".")
+    return int(layer), int(head)
+
+
+def firing(text: str) -> tuple[int | str, ...]:
+    """Layer, head and places of "9.6:end", "9.6:end:IO", "9.6:14:3" or "9.6:end:IO:S1"."""
+    head, *places = text.split(":")
+    if not 1 <= len(places) <= 3 or not all(places):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no firing: write layer.head:destination or layer.head:destination:source,"
+            " as in 9.6:end:IO"
+        )
+    return (*root(head), *(int(place) if place.isdecimal() else place for place in places))

@@ -1,0 +1,130 @@
+"""What a notebook needs around the mathematics: setup, numbers, tables, glue, exercise checks."""
+
+import html
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sparse_signals.core.numbers import fmt
+
+if TYPE_CHECKING:
+    from sparse_signals.core.model import Model
+
+DEFAULT_MODEL = "gpt2-ioi"
+HUB_MODELS = {"gpt2-small"}  # the only ones that may need the network
+
+
+def setup(chapter: str) -> "Model":
+    """Make the notebook quiet and reproducible, and load the model of this edition in float64.
+
+    `chapter` is the chapter's name and seeds the random numbers. The environment variable MODEL
+    names another model than the shipped `gpt2-ioi`. Raises ModelError when it cannot be loaded.
+    """
+    name = os.environ.get("MODEL") or DEFAULT_MODEL
+    if name not in HUB_MODELS:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before transformers is imported
+    _be_quiet()
+    import torch
+
+    from sparse_signals.charts.style import use_book_renderer
+    from sparse_signals.core.model import load_model
+
+    torch.manual_seed(sum(chapter.encode()))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_grad_enabled(False)
+    use_book_renderer()
+    return load_model(name, dtype=torch.float64)
+
+
+def _be_quiet() -> None:
+    """No progress bars, no warnings: they differ from run to run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1", WANDB_MODE="disabled")
+    warnings.filterwarnings("ignore")
+    for library in ("transformers", "transformer_lens", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def html_table(table: pd.DataFrame, digits: int = 3, caption: str = "") -> str:
+    """The table as plain HTML: numbers by `fmt` and aligned right, no row numbers."""
+    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table.columns)
+    rows = [f"<tr>{''.join(_cell(x, digits) for x in row)}</tr>"
+            for row in table.itertuples(index=False)]  # fmt: skip
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = "\n".join(rows)
+    return f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def _cell(x: Any, digits: int) -> str:
+    number = isinstance(x, Real | np.number) and not isinstance(x, bool | np.bool_)
+    start = '<td class="number">' if number else "<td>"
+    return f"{start}{html.escape(fmt(x, digits))}</td>"
+
+
+@dataclass(frozen=True, repr=False)
+class Shown:
+    """A table as a notebook shows it, in HTML and in text."""
+
+    table: pd.DataFrame
+    digits: int
+    caption: str
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table, self.digits, self.caption)
+
+    def __repr__(self) -> str:
+        text = self.table.map(lambda x: fmt(x, self.digits)).to_string(index=False)
+        return f"{self.caption}\n{text}" if self.caption else text
+
+
+def show(table: pd.DataFrame, digits: int = 3, caption: str = "") -> Shown:
+    """The table rounded for reading: end a cell with it. Named indices become columns."""
+    named = any(name is not None for name in table.index.names)
+    return Shown(table.reset_index() if named else table, digits, caption)
+
+
+def glue(name: str, value: Any, digits: int = 3) -> None:
+    """Keep a value for the prose, as people read it: {glue:text}`name` puts it in a sentence."""
+    import myst_nb
+
+    myst_nb.glue(name, fmt(value, digits), display=False)
+
+
+def check(condition: Any, right: str, wrong: str) -> None:
+    """Tell the reader of an exercise whether the answer holds."""
+    print(f"Right: {right}" if bool(condition) else f"Not yet: {wrong}")
+
+
+def published() -> dict[str, Any]:
+    """Published numbers for GPT-2 small, each with its source: the facts file."""
+    facts = files("sparse_signals") / "assets" / "published_gpt2_small.json"
+    return json.loads(facts.read_text(encoding="utf-8"))
+
+
+def edition() -> dict[str, str]:
+    """What computes here: model, kind of device, versions. Shown on each page, never compared."""
+    import torch
+
+    names = ("sparse-signals", "torch", "transformers", "transformer-lens")
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    model = os.environ.get("MODEL") or DEFAULT_MODEL
+    return {"model": os.path.basename(model.rstrip("/")), "device": device} | {
+        name: _version(name) for name in names
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,113 @@
+"""How a chart in a notebook becomes part of a page: a MyST-NB renderer and a Sphinx extension.
+
+The page gets the chart's picture (drawn at build time, with the description as its alternative
+text), its Vega-Lite spec, which `charts.js` turns into the live chart, and its data as a table.
+"""
+
+import json
+from hashlib import sha256
+from html import escape
+from typing import Any
+
+import pandas as pd
+import vl_convert
+from docutils import nodes
+from myst_nb.core.render import MimeData, NbElementRenderer
+
+from sparse_signals.app.notebook import html_table
+from sparse_signals.app.page import script_json
+from sparse_signals.charts.style import MIME, VEGA_LITE
+
+MAX_ROWS = 200
+MAX_TEXT = 60
+
+
+class VegaLiteRenderer:
+    """MyST-NB plugin for Vega-Lite output. A chart without a description is a warning."""
+
+    mime_priority_overrides = (("*", MIME, 1),)
+
+    @staticmethod
+    def handle_mime(
+        renderer: NbElementRenderer, data: MimeData, inline: bool
+    ) -> list[nodes.Element] | None:
+        """The nodes of a chart, or None when the output is something else."""
+        if inline or data.mime_type != MIME:
+            return None
+        spec: dict[str, Any] = data.content  # type: ignore[assignment]
+        where = f"the chart in cell {(data.cell_index or 0) + 1}"
+        if not spec.get("description"):
+            renderer.logger.warning(f"{where} has no description", line=data.line)
+        for order, script in enumerate(("vendor/vega.js", "charts.js")):
+            renderer.add_js_file(f"chart_{order}", script, {"defer": "defer"})
+        text = script_json(spec)
+        brush = ["chart-brush"] if '"type": "interval"' in text else []
+        figure = nodes.container(classes=["chart", *brush])
+        try:
+            figure += picture(renderer, spec)
+        except ValueError as error:
+            renderer.logger.warning(f"{where} cannot be drawn: {error}", line=data.line)
+        figure += nodes.raw(text=live(text, spec.get("datasets", {})), format="html")
+        return [figure]
+
+
+def picture(renderer: NbElementRenderer, spec: dict[str, Any]) -> nodes.image:
+    """The chart as it is before any click: what is seen without scripts, and in print."""
+    opaque = spec | {"background": "white"}
+    png = vl_convert.vegalite_to_png(opaque, vl_version=VEGA_LITE, scale=1.5)
+    uri = renderer.write_file([f"{digest(png)}.png"], png, exists_ok=True)
+    return nodes.image(uri=uri, alt=spec.get("description", ""), classes=["chart-picture"])
+
+
+def digest(content: bytes) -> str:
+    """A short name for some content."""
+    return sha256(content).hexdigest()[:24]
+
+
+def live(spec: str, datasets: dict[str, list[dict[str, Any]]]) -> str:
+    """The spec (from `script_json`) for `charts.js`, and the chart's data in a folded table."""
+    tables = "".join(data_table(rows) for rows in datasets.values())
+    return (
+        f'<script type="application/json" class="chart-spec">{spec}</script>'
+        f'<details class="chart-data"><summary>Data behind this chart</summary>{tables}</details>'
+    )
+
+
+def data_table(rows: list[dict[str, Any]]) -> str:
+    """At most 200 rows of a chart's data, as a table that says how many there are."""
+    table = pd.DataFrame(rows[:MAX_ROWS]).map(shorten)
+    total = f"{len(rows):,} rows"
+    caption = total if len(rows) <= MAX_ROWS else f"The first {MAX_ROWS} of {total}"
+    content = html_table(table, digits=4, caption=caption)
+    return f'<div class="chart-table" tabindex="0">{content}</div>'
+
+
+def shorten(value: Any) -> Any:
+    """Long text (packed numbers) cut for the table; anything else as it is."""
+    long = isinstance(value, str) and len(value) > MAX_TEXT
+    return value[: MAX_TEXT - 1] + "…" if long else value
+
+
+def finish_page(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sphinx event: name the edition below the title of an executed page; mend a list's roles."""
+    body = context.get("body") or ""
+    # docutils 0.21 gives list items of a bibliography a role that lists may not contain
+    body = body.replace('role="doc-biblioentry"', 'role="listitem"')
+    edition = app.env.metadata.get(page, {}).get("edition")
+    if edition:
+        facts = json.loads(edition) if isinstance(edition, str) else edition
+        line = f'<p class="edition">{escape(describe(facts))}</p>'
+        body = body.replace("</h1>", f"</h1>\n{line}", 1)
+    context["body"] = body
+
+
+def describe(edition: dict[str, str]) -> str:
+    """An edition in a sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in edition.items() if k not in ("model", "device"))
+    return f"Computed with the model {edition['model']} on a {edition['device']}: {versions}."
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Sphinx extension entry point."""
+    app.connect("html-page-context", finish_page)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,274 @@
+"""Load a language model, run it, and read exactly the activations that are asked for.
+
+Every model ends up as a raw TransformerLens bridge around the transformers model: no folding and
+no centring there. What the method needs folded is folded by `heads.py`, in float64.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_signals.core.checkpoints import NAMES, ModelError, find_checkpoint, read_checkpoint
+from sparse_signals.core.smollm2 import load_smollm2
+
+HOOKS = {
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "q_raw": "attn.hook_q",
+    "k_raw": "attn.hook_k",
+    "pattern": "attn.hook_pattern",
+    "scores": "attn.hook_attn_scores",
+    "normalized": "ln1.hook_normalized",
+    "scale": "ln1.hook_scale",
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+}
+ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
+TOKENS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: TransformerLens bridge, tokenizer (None if it has none) and sizes."""
+
+    name: str
+    bridge: nn.Module
+    tokenizer: Any
+    bos: bool
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    n_ctx: int
+    rotary: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.bridge.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.bridge.parameters()).dtype
+
+
+@dataclass(frozen=True)
+class QKWeights:
+    """Query and key weights of every head, raw, in float64; keys repeated per query head.
+
+    q = (x̂ * gain + shift) W_Q + b_Q, k likewise, score = q·k / scale. `centred` says whether
+    x̂ is x minus its mean (LayerNorm) or not (RMSNorm). Missing biases and shifts are zeros.
+    """
+
+    W_Q: Float[Tensor, "layer head d r"]
+    b_Q: Float[Tensor, "layer head r"]
+    W_K: Float[Tensor, "layer head d r"]
+    b_K: Float[Tensor, "layer head r"]
+    gain: Float[Tensor, "layer d"]
+    shift: Float[Tensor, "layer d"]
+    scale: Float[Tensor, "layer"]
+    centred: bool
+
+
+def load_model(
+    name_or_directory: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a model by name (`gpt2-ioi`, `gpt2-small`, `smollm2-135m`) or HF-format directory.
+
+    None means the environment variable MODEL, or `gpt2-ioi` if it is not set. The device is a
+    GPU where there is one. Raises ModelError, in one line, for whatever cannot be loaded.
+    """
+    name = str(name_or_directory or os.environ.get("MODEL") or "gpt2-ioi")
+    if dtype not in (torch.float32, torch.float64):
+        raise ModelError(f"dtype {dtype} cannot be used: choose torch.float32 or torch.float64")
+    if name != "gpt2-small":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    if name == "smollm2-135m":
+        hf_model, tokenizer = load_smollm2(dtype)
+    else:
+        directory = find_checkpoint(name)
+        hf_model, tokenizer = read_checkpoint(directory, dtype)
+    if name not in NAMES:
+        name = directory.resolve().name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _bridge(hf_model.to(device).eval(), tokenizer, name)
+
+
+def wrap_model(hf_model: nn.Module, name: str, tokenizer: Any = None) -> Model:
+    """A transformers model that is in memory already (eager attention), where it is."""
+    return _bridge(hf_model.eval(), tokenizer, name)
+
+
+def _starts_with_bos(name: str, tokenizer: Any) -> bool:
+    if name in NAMES:
+        return name != "gpt2-small"  # the paper's prompts have none
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return False
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _bridge(hf_model: nn.Module, tokenizer: Any, name: str) -> Model:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    config = hf_model.config
+    # No tokenizer for the bridge: it would go to the hub, and guess padding masks.
+    bridge = build_bridge_from_module(
+        hf_model, type(hf_model).__name__, hf_config=config, tokenizer=None, model_name=name
+    )
+    for block in bridge.blocks:
+        if hf_model.dtype == torch.float64:  # transformers' RMSNorm would drop to float32
+            block.ln1.use_native_layernorm_autograd = False
+            block.ln2.use_native_layernorm_autograd = False
+    n_heads = config.num_attention_heads
+    return Model(
+        name=name,
+        bridge=bridge.requires_grad_(False),
+        tokenizer=tokenizer,
+        bos=_starts_with_bos(name, tokenizer),
+        n_layers=config.num_hidden_layers,
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        d_model=config.hidden_size,
+        d_head=bridge.blocks[0].attn.W_Q.shape[-1],
+        # Within the window a sliding attention is an ordinary one.
+        n_ctx=min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31),
+        rotary=config.model_type != "gpt2",
+    )
+
+
+def activations(
+    model: Model, tokens: Int[Tensor, "prompt pos"], names: Collection[str], progress: bool = False
+) -> dict[str, Tensor]:
+    """Run the model on prompts and keep the named activations, stacked over layers.
+
+    q, k, v, z: [layer prompt head pos r], keys and values repeated per query head, q and k as
+    they enter the score (rotated, if rotary; `q_raw` and `k_raw` are not). pattern, scores:
+    [layer prompt head dest src], future scores hugely negative. normalized (x̂, before the
+    gain), resid_pre, resid_post, attn_out, mlp_out: [layer prompt pos d].
+    scale (what x was divided by to get x̂): [layer prompt pos].
+    """
+    unknown = sorted(set(names) - set(HOOKS))
+    if unknown:
+        raise ValueError(f"unknown activations {unknown}: choose among {sorted(HOOKS)}")
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str, layer: int, rows: slice) -> Callable[..., None]:
+        def keep(value: Tensor, hook: Any) -> None:
+            value = _arranged(model, name, value)
+            if name not in kept:
+                kept[name] = value.new_empty(model.n_layers, len(tokens), *value.shape[1:])
+            kept[name][layer, rows] = value
+
+        return keep
+
+    for rows, batch in _batches(model, tokens, progress):
+        hooks = [
+            (f"blocks.{layer}.{_hook(model, name)}", keeper(name, layer, rows))
+            for name in names
+            for layer in range(model.n_layers)
+        ]
+        last = torch.full((len(batch),), batch.shape[1] - 1, device=model.device)
+        _run(model, batch, last, hooks)
+    return kept
+
+
+def logits(
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    at: Int[Tensor, "prompt"] | None = None,
+    hooks: Collection[tuple[str, Callable[..., Any]]] = (),
+) -> Float[Tensor, "prompt vocab"]:
+    """Logits at one position of each prompt (the last one unless `at` says which).
+
+    Hooks are TransformerLens hooks, run on every batch of prompts.
+    """
+    if at is None:
+        at = torch.full((len(tokens),), tokens.shape[1] - 1)
+    at = at.to(model.device)
+    runs = [_run(model, batch, at[rows], hooks) for rows, batch in _batches(model, tokens)]
+    return torch.cat(runs)
+
+
+def _hook(model: Model, name: str) -> str:
+    return ROTATED.get(name, HOOKS[name]) if model.rotary else HOOKS[name]
+
+
+def _arranged(model: Model, name: str, value: Tensor) -> Tensor:
+    if name == "scale":
+        return value.squeeze(-1)
+    if name not in ("q", "k", "v", "z", "q_raw", "k_raw"):
+        return value
+    value = value.transpose(1, 2).unsqueeze(2)
+    return value.expand(-1, -1, model.n_heads // value.shape[1], -1, -1).flatten(1, 2)
+
+
+def _batches(
+    model: Model, tokens: Int[Tensor, "prompt pos"], progress: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    length = tokens.shape[1]
+    if not 0 < length <= model.n_ctx:
+        raise ValueError(f"prompts have {length} tokens; {model.name} takes 1 to {model.n_ctx}")
+    size = max(1, TOKENS_PER_BATCH // length)
+    for start in tqdm(range(0, len(tokens), size), disable=not progress, desc=model.name):
+        rows = slice(start, start + size)
+        yield rows, tokens[rows].to(model.device)
+
+
+@torch.no_grad()
+def _run(
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    at: Int[Tensor, "prompt"],
+    hooks: Collection[tuple[str, Callable[..., Any]]] = (),
+) -> Float[Tensor, "prompt vocab"]:
+    def pick(value: Tensor, hook: Any) -> Tensor:  # unembed one position only, it is expensive
+        return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)
+
+    hooks = [*hooks, ("unembed.hook_in", pick)]
+    return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, 0]
+
+
+def score_divisors(model: Model) -> Float[Tensor, "layer"]:
+    """What q·k is divided by to give the score: √r, times layer + 1 where the model says so."""
+    divisors = [1 / block.attn.original_component.scaling for block in model.bridge.blocks]
+    return torch.tensor(divisors, dtype=torch.float64, device=model.device)
+
+
+def qk_weights(model: Model) -> QKWeights:
+    """Query and key weights, norm gain and shift, and score divisor of every head, in float64."""
+    blocks = model.bridge.blocks
+    groups = model.n_heads // model.n_kv_heads
+
+    def stack(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).detach().double()
+
+    def biases(name: str, heads: int) -> Tensor:
+        zero = torch.zeros(heads, model.d_head, device=model.device)
+        found = [getattr(block.attn, name) for block in blocks]
+        return stack([zero if bias is None else bias for bias in found])
+
+    gain = stack([block.ln1.w for block in blocks])
+    shifts = [getattr(block.ln1, "b", None) for block in blocks]
+    return QKWeights(
+        W_Q=stack([block.attn.W_Q for block in blocks]),
+        b_Q=biases("b_Q", model.n_heads),
+        W_K=stack([block.attn.W_K for block in blocks]).repeat_interleave(groups, dim=1),
+        b_K=biases("b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
+        gain=gain,
+        shift=torch.zeros_like(gain) if shifts[0] is None else stack(shifts),
+        scale=score_divisors(model),
+        centred=not blocks[0].ln1.uses_rms_norm,
+    )

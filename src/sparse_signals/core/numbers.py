@@ -1,0 +1,58 @@
+"""Numbers for people: one rule of rounding, in text, tables and charts."""
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
+
+
+def fmt(x: Any, digits: int = 3) -> str:
+    """A number for people: integers in full, floats at `digits` significant digits.
+
+    Thousands are separated by commas; there is no −0, and |x| < 1e-12 is 0. Text stays as it is.
+    """
+    if isinstance(x, bool | np.bool_) or not isinstance(x, Real | np.number):
+        return str(x)
+    if isinstance(x, Integral):
+        return f"{int(x):,}"
+    x = float(x)
+    if not np.isfinite(x):
+        return "–" if np.isnan(x) else ("∞" if x > 0 else "-∞")
+    x = 0.0 if abs(x) < TINY else float(f"{x:.{digits}g}")
+    if x != 0 and not 1e-4 <= abs(x) < 1e15:
+        return f"{x:.{digits}g}"
+    decimals = 0 if x == 0 else max(0, digits - 1 - int(np.floor(np.log10(abs(x)))))
+    return f"{x:,.{decimals}f}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """A number with its interval, for people: 3.14 [2.9, 3.4]."""
+    return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
+
+
+def round_significant(value: Any, digits: int = 4) -> Any:
+    """A float at `digits` significant digits, |x| < 1e-12 and −0 as 0.0; anything else as it is."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real | np.floating):
+        return value
+    if isinstance(value, int | np.integer) or not np.isfinite(value):
+        return value
+    return 0.0 if abs(value) < TINY else float(f"{value:.{digits}g}")
+
+
+def rounded(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
+    """The table with every float at `digits` significant digits: what may enter a chart."""
+    floats = table.select_dtypes("floating").columns
+    return table.assign(**{name: table[name].map(lambda x: round_significant(x, digits))
+                           for name in floats})  # fmt: skip
+
+
+def rounded_everywhere(value: Any) -> Any:
+    """A value from JSON with all floats in it rounded, however deep."""
+    if isinstance(value, dict):
+        return {key: rounded_everywhere(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded_everywhere(item) for item in value]
+    return round_significant(value)

@@ -1,0 +1,36 @@
+"""Rotary positions: how queries and keys are turned, and turned back."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.core.model import Model
+
+
+def rotation(
+    model: Model, positions: Int[Tensor, "row"]
+) -> tuple[Float[Tensor, "row r"], Float[Tensor, "row r"]]:
+    """cos and sin of the rotary angles at some positions, as the model rounds them, in float64."""
+    dtype = torch.zeros(1, dtype=model.dtype, device=model.device)
+    embed = model.bridge.rotary_emb.original_component
+    cos, sin = embed(dtype, torch.arange(model.n_ctx, device=model.device)[None])
+    return cos[0, positions].double(), sin[0, positions].double()
+
+
+def unrotate(
+    y: Float[Tensor, "row r"], cos: Float[Tensor, "row r"], sin: Float[Tensor, "row r"]
+) -> Float[Tensor, "row r"]:
+    """Rᵀy of each row, where a query or key of that token is rotated as Rq = q·cos + half(q)·sin.
+
+    half([a, b]) = [−b, a]: coordinate n turns together with coordinate n + r/2.
+    """
+    first, second = (y * sin).chunk(2, dim=-1)
+    return y * cos + torch.cat([second, -first], dim=-1)
+
+
+def rotate(
+    x: Float[Tensor, "... r"], cos: Float[Tensor, "... r"], sin: Float[Tensor, "... r"]
+) -> Float[Tensor, "... r"]:
+    """Rx = x·cos + half(x)·sin with half([a, b]) = [−b, a]: how rotary models turn q and k."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

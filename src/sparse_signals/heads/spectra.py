@@ -1,0 +1,262 @@
+"""Chapter 2: what a spectrum, a singular vector and a rank-K score must be compared with."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.core.run import Attention
+from sparse_signals.core.stats import participation_ratio, random_rotation
+from sparse_signals.heads.svd import HeadSVD, QKForms
+
+NULLS = ("shape", "norms", "factors")
+
+
+def svd_flops(n: int, r: int) -> dict[str, int]:
+    """Floating-point operations for the SVD of one n×n form of rank r, dense and in factors.
+
+    Dense: 22 n³. Factors: two thin QR (4nr² each, Q included), the product of two triangles,
+    an r×r SVD (22 r³) and Q Û, Q V̂ (2nr² each). Source: Golub and Van Loan 2013, section 8.6.
+    """
+    return {"dense": 22 * n**3, "factors": 12 * n * r**2 + 24 * r**3}
+
+
+def outer_product_table(A: Float[Tensor, "n r"], B: Float[Tensor, "m r"]) -> pd.DataFrame:
+    """Ω = A Bᵀ and each σ_k u_k v_kᵀ: part ("Ω", "pair 0", …), row, column, value (an entry)."""
+    U, S, Vh = torch.linalg.svd(A @ B.mT)
+    parts = {"Ω": A @ B.mT}
+    parts |= {f"pair {k}": S[k] * torch.outer(U[:, k], Vh[k]) for k in range(A.shape[-1])}
+    tables = []
+    for part, matrix in parts.items():
+        row, column = np.indices(matrix.shape).reshape(2, -1)
+        columns = {"row": row, "column": column, "value": matrix.flatten().numpy()}
+        tables.append(pd.DataFrame(columns).assign(part=part))
+    return pd.concat(tables, ignore_index=True)
+
+
+# --- spectra -------------------------------------------------------------------------------------
+
+
+def random_spectra(
+    forms: QKForms, null: str, draws: int = 100, seed: int = 0
+) -> Float[Tensor, "draw layer head r"]:
+    """Singular values of random forms that have one thing in common with each head.
+
+    "shape": A and B are Gaussian, of the same size (all heads share these draws). "norms": each
+    Gaussian column is stretched to the length of the head's own. "factors": the singular values
+    of A and of B are kept, their directions meet at random.
+    Only the R of A = QR matters, and for Gaussian A it can be drawn directly (Bartlett 1933).
+    """
+    if null not in NULLS:
+        raise ValueError(f"null must be one of {NULLS}, not {null!r}")
+    rng = np.random.default_rng(seed)
+    layers, heads, n, r = forms.A.shape
+    if null == "shape":
+        RA, RB = (_gaussian_r(rng, (draws, 1, 1), n, r) for _ in range(2))
+        return torch.linalg.svdvals(RA @ RB.mT).expand(draws, layers, heads, r)
+    shape = (draws, layers, heads)
+    if null == "norms":
+        RA, RB = (_stretched(_gaussian_r(rng, shape, n, r), M) for M in (forms.A, forms.B))
+        return torch.linalg.svdvals(RA @ RB.mT)
+    turn = torch.linalg.qr(torch.from_numpy(rng.standard_normal((*shape, r, r))))[0]
+    left, right = (torch.linalg.svdvals(M.double().cpu()) for M in (forms.A, forms.B))
+    return torch.linalg.svdvals(left.unsqueeze(-1) * turn * right.unsqueeze(-2))
+
+
+def _gaussian_r(
+    rng: np.random.Generator, shape: tuple[int, ...], n: int, r: int
+) -> Float[Tensor, "... r r"]:
+    """R of the QR of an n×r Gaussian matrix: chi on the diagonal, normal above it."""
+    R = np.triu(rng.standard_normal((*shape, r, r)), 1)
+    R[..., range(r), range(r)] = np.sqrt(rng.chisquare(n - np.arange(r), (*shape, r)))
+    return torch.from_numpy(R)
+
+
+def _stretched(
+    R: Float[Tensor, "... r r"], factor: Float[Tensor, "layer head n r"]
+) -> Float[Tensor, "... r r"]:
+    return R * (factor.double().cpu().norm(dim=-2) / R.norm(dim=-2)).unsqueeze(-2)
+
+
+def spectrum_bands(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
+    """Every σ beside its null. One row per null, head and k, all σ divided by their root mean
+    square: null, layer, head, name, k, sigma, low, high (95 % of random draws)."""
+    ours = _unit(svd.S.cpu())
+    tables = []
+    for null in NULLS:
+        random = _unit(random_spectra(forms, null, draws, seed))
+        low, high = np.quantile(random.numpy(), [0.025, 0.975], axis=0)
+        columns = {"sigma": ours.numpy(), "low": low, "high": high}
+        tables.append(_head_rows(ours.shape, columns, ["layer", "head", "k"]).assign(null=null))
+    return pd.concat(tables, ignore_index=True)
+
+
+def flatness(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
+    """Participation ratios beside their nulls. One row per measure ("σ", "σ²"), null and head.
+
+    Columns: measure, null, layer, head, name, ours, random (median), low, high (95 % of draws),
+    verdict ("flatter", "steeper" or "as random").
+    """
+    tables = []
+    for null in NULLS:
+        random = random_spectra(forms, null, draws, seed)
+        for measure, power in {"σ": 1, "σ²": 2}.items():
+            ours = participation_ratio(svd.S.cpu() ** power).numpy()
+            low, middle, high = np.quantile(
+                participation_ratio(random**power).numpy(), [0.025, 0.5, 0.975], axis=0
+            )
+            verdict = np.where(ours > high, "flatter", np.where(ours < low, "steeper", "as random"))
+            columns = {"ours": ours, "random": middle, "low": low, "high": high, "verdict": verdict}
+            table = _head_rows(ours.shape, columns, ["layer", "head"])
+            tables.append(table.assign(measure=measure, null=null))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _unit(S: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
+    return S / S.square().mean(-1, keepdim=True).sqrt()
+
+
+def _head_rows(shape: Sequence[int], columns: dict, names: list[str]) -> pd.DataFrame:
+    index = pd.MultiIndex.from_product([range(n) for n in shape], names=names)
+    flat = {name: np.asarray(values).ravel() for name, values in columns.items()}
+    table = pd.DataFrame(flat, index=index).reset_index()
+    return table.assign(name=table["layer"].astype(str) + "." + table["head"].astype(str))
+
+
+def random_flatness(n: int, r: int, draws: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Participation ratios ÷ r of Gaussian heads of one shape: measure, low, high (95 %)."""
+    S = random_spectra(QKForms(*torch.zeros(2, 1, 1, n, r), torch.ones(1)), NULLS[0], draws, seed)
+    shares = {"σ": participation_ratio(S) / r, "σ²": participation_ratio(S**2) / r}
+    rows = [(name, *np.quantile(share.numpy(), [0.025, 0.975])) for name, share in shares.items()]
+    return pd.DataFrame(rows, columns=["measure", "low", "high"])
+
+
+# --- vectors and planes --------------------------------------------------------------------------
+
+
+def perturbed(forms: QKForms, size: float, seed: int = 0) -> QKForms:
+    """The forms after Gaussian noise on A and B, `size` times the norm of each factor."""
+    rng = np.random.default_rng(seed)
+
+    def shaken(M: Float[Tensor, "layer head n r"]) -> Float[Tensor, "layer head n r"]:
+        noise = torch.from_numpy(rng.standard_normal(M.shape)).to(M.device)
+        return M + size * noise * (M.norm(dim=(-2, -1)) / noise.norm(dim=(-2, -1)))[..., None, None]
+
+    return QKForms(shaken(forms.A), shaken(forms.B), forms.scale)
+
+
+def turning(svd: HeadSVD, after: HeadSVD) -> pd.DataFrame:
+    """How far left singular vectors, and planes of two neighbours, turn between two SVDs.
+
+    One row per head and neighbours k, k+1: name, k, gap = (σ_k − σ_{k+1}) / σ_k, and, in degrees,
+    vector (the angle of u_k, signs ignored) and plane (the largest principal angle of the planes).
+    """
+    pair, new = (torch.stack([s.U[..., :-1], s.U[..., 1:]], -1).transpose(-3, -2)
+                 for s in (svd, after))  # fmt: skip
+    u, moved = pair[..., :1], new[..., :1]
+    vector = (moved - u @ (u.mT @ moved)).norm(dim=(-2, -1))
+    left = new - pair @ (pair.mT @ new)
+    plane = torch.linalg.eigvalsh(left.mT @ left)[..., -1].clamp_min(0).sqrt()
+    gap = (svd.S[..., :-1] - svd.S[..., 1:]) / svd.S[..., :-1]
+    angles = {"vector": vector, "plane": plane}
+    columns = {n: sin.clamp_max(1).arcsin().rad2deg().cpu() for n, sin in angles.items()}
+    return _head_rows(gap.shape, {"gap": gap.cpu(), **columns}, ["layer", "head", "k"])
+
+
+# --- what the coordinates are on real tokens -----------------------------------------------------
+
+
+def coordinate_table(svd: HeadSVD, attention: Attention, layer: int, head: int) -> pd.DataFrame:
+    """x̃·u_k and x̃·v_k of every token in one head, from q and k: prompt, pos, k, u, v."""
+    dest = attention.q[layer, :, head].double() @ svd.dest_map[layer, head]
+    src = attention.k[layer, :, head].double() @ svd.src_map[layer, head]
+    index = [range(n) for n in dest.shape]
+    table = pd.MultiIndex.from_product(index, names=["prompt", "pos", "k"]).to_frame(index=False)
+    table = table.assign(u=dest.flatten().cpu().numpy(), v=src.flatten().cpu().numpy())
+    return table[attention.mask.cpu().numpy()[table["prompt"], table["pos"]]]
+
+
+def partial_scores(
+    svd: HeadSVD, attention: Attention, layer: int, head: int, prompt: int
+) -> pd.DataFrame:
+    """Scores of one prompt from the first K singular pairs: dest, src ≤ dest, K, score."""
+    length = int(attention.mask[prompt].sum())
+    dest = attention.q[layer, prompt, head, :length].double() @ svd.dest_map[layer, head]
+    src = attention.k[layer, prompt, head, :length].double() @ svd.src_map[layer, head]
+    weight = svd.S[layer, head] / svd.scale[layer]
+    sums = torch.einsum("ik,k,jk->ijk", dest, weight, src).cumsum(-1).cpu()
+    i, j = torch.tril_indices(length, length)
+    rank = sums.shape[-1]
+    columns = {"dest": i.repeat_interleave(rank), "src": j.repeat_interleave(rank)}
+    columns |= {"K": torch.arange(1, rank + 1).repeat(len(i)), "score": sums[i, j].flatten()}
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+
+
+def choices_kept(
+    svd: HeadSVD, attention: Attention, counts: Sequence[int], draws: int = 10, seed: int = 0
+) -> tuple[Int[Tensor, "basis count layer head prompt"], Int[Tensor, "prompt"]]:
+    """Of how many destinations K directions still find the most attended source.
+
+    The destination side x̃ᵀU is projected on K orthonormal directions: the first K singular
+    vectors (basis 0), or the first K columns of a random rotation of them (bases 1 … draws).
+    The first token is no candidate, so that destinations have two sources or more. Returns the
+    right choices, and out of how many.
+    """
+    rank, size = svd.S.shape[-1], attention.mask.shape[-1]
+    turns = [torch.eye(rank, dtype=torch.float64)]
+    turns += [random_rotation(rank, seed + n) for n in range(draws)]
+    pos = torch.arange(size, device=attention.mask.device)
+    hidden = (pos[None] > pos[:, None]) | (pos[None] < 1)
+    real = attention.mask & (pos >= 2)
+    dest = attention.q.double() @ svd.dest_map[:, None]
+    src = attention.k.double() @ (svd.src_map * svd.S.unsqueeze(-2))[:, None]
+    best = (dest @ src.mT).masked_fill_(hidden, -torch.inf).argmax(-1)
+    right = torch.zeros(len(turns), len(counts), *svd.S.shape[:2], len(real), dtype=torch.long)
+    for b, turn in enumerate(turns):
+        left, other = dest @ turn.to(dest), src @ turn.to(src)
+        for c, K in enumerate(counts):
+            partial = left[..., :K] @ other[..., :K].mT
+            found = partial.masked_fill_(hidden, -torch.inf).argmax(-1)
+            right[b, c] = ((found == best) & real[:, None]).sum(-1).transpose(1, 2).cpu()
+    return right, real.sum(-1).cpu()
+
+
+def choice_shares(
+    right: Int[Tensor, "basis count *heads prompt"],
+    total: Int[Tensor, "prompt"],
+    counts: Sequence[int],
+    repeats: int = 200,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Share of right choices for every K, and how many directions reach 95 %.
+
+    Heads are pooled. Intervals resample prompts and, for random directions, the draw. Returns
+    two tables with value, low, high: one row per basis and K, and one row per basis.
+    """
+    pooled = right.flatten(2, -2).double().mean(2) if right.ndim > 3 else right.double()
+    rng = np.random.default_rng(seed)
+    picks = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), repeats)
+    weights = torch.from_numpy(picks).double()
+    drawn = torch.einsum("bcp,np->nbc", pooled, weights) / (weights @ total.double())[:, None, None]
+    mean = pooled.sum(-1) / total.sum()
+    draw = 1 + torch.arange(repeats) % (len(pooled) - 1)
+    bases = {"singular vectors": (mean[:1], drawn[:, 0]),
+             "random directions": (mean[1:], drawn[torch.arange(repeats), draw])}  # fmt: skip
+    shares, needed = [], []
+    for basis, (value, samples) in bases.items():
+        low, high = np.quantile(samples.numpy(), [0.025, 0.975], axis=0)
+        columns = {"K": list(counts), "value": value.mean(0).numpy(), "low": low, "high": high}
+        shares.append(pd.DataFrame(columns).assign(basis=basis))
+        low, high = np.quantile(_needed(samples, counts), [0.025, 0.975])
+        columns = {"basis": basis, "value": _needed(value.mean(0), counts), "low": low}
+        needed.append(columns | {"high": high})
+    return pd.concat(shares, ignore_index=True), pd.DataFrame(needed)
+
+
+def _needed(share: Float[Tensor, "... count"], counts: Sequence[int]) -> Int[np.ndarray, "..."]:
+    """The smallest of `counts` from which on the share is 95 % or more."""
+    short = (share < 0.95).long() * torch.arange(1, len(counts) + 1)
+    return np.asarray(np.append(counts, counts[-1])[short.amax(-1).numpy()])

@@ -1,0 +1,1 @@
+"""Chapter 5: take signals away, and see what the model does then."""

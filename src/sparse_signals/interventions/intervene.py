@@ -1,0 +1,400 @@
+"""Chapter 5: intervene on the signals of traced edges, one at a time or many at once.
+
+`global` adds to, or takes from, what the upstream component wrote, and everything downstream is
+recomputed; `local` changes only the query or key of the downstream head. Ablating subtracts the
+signal, boosting adds it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.core.model import Model, qk_weights
+from sparse_signals.core.prompts import Batch, roles_of
+from sparse_signals.core.resume import chunked, run_key
+from sparse_signals.core.rotary import rotate, rotation
+from sparse_signals.core.run import BIAS_ROW, chunk_rows, component_table
+from sparse_signals.interventions.changes import (
+    MID,
+    PRE,
+    Changes,
+    Clean,
+    K,
+    Layers,
+    Probes,
+    Q,
+    V,
+    clean_run,
+    read_layers,
+)
+from sparse_signals.interventions.edge_signals import (
+    PathQuirks,
+    Signals,
+    by_reader,
+    column,
+    other_signals,
+    random_signals,
+    read_signals,
+)
+from sparse_signals.interventions.recompute import Outcome, recompute
+from sparse_signals.tracing.circuit import KEY, labelled
+from sparse_signals.tracing.contributions import Weights, read_weights
+from sparse_signals.tracing.trace import Trace
+
+SCOPES = ("global", "local")
+MODES = ("ablate", "boost")
+SIGN = {"ablate": -1.0, "boost": 1.0}
+KEPT = ["edge", "firing", "prompt", "upstream", "downstream", "side", "layer", "head", "dest",
+        "src", "token", "weight", "control", "repeat"]  # fmt: skip
+MEASURES = ("F_change", "F_size", "score_change", "attention_change")
+
+
+def intervene(
+    layers: Layers,
+    clean: Clean,
+    signals: Signals,
+    rows: Int[Tensor, "edge"] | None = None,
+    *,
+    scopes: Sequence[str] = SCOPES,
+    modes: Sequence[str] = MODES,
+    quirks: PathQuirks | None = None,
+    freeze_norms: bool = False,
+    probability: bool = False,
+) -> pd.DataFrame:
+    """What every intervention does: one row of the table per edge, scope and mode.
+
+    Edges with the same number in `rows` (all of one prompt) are changed together, by the sum of
+    their signals; without `rows` each is changed alone. The bias row is nothing that can be changed
+    globally, and left out there. Columns: row, scope, mode, those of the edge, norm (of δ), F
+    (logit(IO) − logit(S), of the row) and F_change, score and attention of the edge's firing and
+    their changes, cosine and norm_ratio of what the edge alone changes, after against before (the
+    output of upstream, or the query or key), and probability of IO and its change if asked for.
+    Raises ValueError for edges of prompts that `clean` lacks, or of two prompts in one row.
+    """
+    device, quirks = clean.end.device, quirks or PathQuirks()
+    rows = torch.arange(len(signals)) if rows is None else rows
+    numbers, row = rows.to(device).unique(return_inverse=True)
+    prompt = _prompts(clean, signals, row)
+    variants, of = list(product(scopes, modes)), len(numbers)
+    inputs = _inputs(layers, signals, row, quirks.patch_qkv)
+    changes = (
+        _in_variants(_stream(layers, signals, row), "global", variants, of),
+        _in_variants(inputs, "local", variants, of),
+    )
+    # the rows of each variant, then every prompt without changes
+    of_row = prompt.new_zeros(of).index_copy(0, row, prompt).repeat(len(variants))
+    every = torch.cat([of_row, torch.arange(len(clean.end), device=device)])
+    starts = torch.arange(len(variants), device=device)[:, None] * of
+    probes = _probes(signals, torch.cat([(row + starts).flatten(), len(of_row) + prompt]))
+    how = {"freeze_norms": freeze_norms, "probability": probability}
+    outcome = recompute(layers, clean, every, *changes, probes, **how)
+    table = _results(outcome, signals, row, prompt, variants, of)
+    local = _moved(inputs, clean, signals, prompt)
+    same = _cosines(layers, signals, local, variants)
+    table = table.assign(row=np.tile(numbers[row].cpu(), len(variants)), **same)
+    return _columns(table, probability)
+
+
+def _prompts(clean: Clean, signals: Signals, row: Int[Tensor, "edge"]) -> Int[Tensor, "edge"]:
+    """The prompt of every edge, counted from the first one of the clean run."""
+    prompt = column(signals.edges, "prompt", row.device) - clean.first_prompt
+    if len(prompt) and not 0 <= int(prompt.min()) <= int(prompt.max()) < len(clean.end):
+        raise ValueError("edges of prompts that are not in the clean run: choose among its prompts")
+    if len(torch.stack([row, prompt]).unique(dim=1).T) > len(row.unique()):
+        raise ValueError("edges of different prompts in one row: an intervention is on one prompt")
+    return prompt
+
+
+def _in_variants(changes: Changes, scope: str, variants: list[tuple], rows: int) -> Changes:
+    """The changes of one scope in each of its variants, which follow each other by `rows` rows."""
+    signs = [(n * rows, SIGN[mode]) for n, (name, mode) in enumerate(variants) if name == scope]
+    every = torch.arange(len(changes.row), device=changes.row.device)
+    repeated = changes[every.repeat(len(signs))]
+    shift, sign = (
+        x.to(changes.values) for x in torch.tensor(signs or [(0, 0.0)][:0]).view(-1, 2).T
+    )
+    return replace(
+        repeated,
+        row=repeated.row + shift.long().repeat_interleave(len(every)),
+        factor=repeated.factor * sign.repeat_interleave(len(every)),
+    )
+
+
+def _stream(layers: Layers, signals: Signals, row: Int[Tensor, "edge"]) -> Changes:
+    """δ where upstream writes: heads and biases after attention, MLPs before the next layer."""
+    table = component_table(layers.model).set_index("component").loc[signals.edges["upstream"]]
+    kind = table["kind"].to_numpy()
+    site = np.where(np.isin(kind, ["head", "bias"]), MID, PRE)
+    layer = np.maximum(table["layer"].to_numpy(), 0) + (kind == "MLP")
+    keep = torch.from_numpy((kind != BIAS_ROW).nonzero()[0]).to(row.device)
+    layer, site = (torch.from_numpy(x).to(row.device) for x in (layer, site))
+    token, none = column(signals.edges, "token", row.device), torch.zeros_like(row)
+    factor = torch.ones_like(signals.scale)
+    which = torch.arange(len(row), device=row.device)
+    return Changes(row, layer, site, none, token, factor, which, signals.delta)[keep]
+
+
+def _inputs(layers: Layers, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
+    """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned."""
+    device, model = row.device, layers.model
+    layer, head, token = (column(signals.edges, x, device) for x in ("layer", "head", "token"))
+    delta = signals.delta.double() / signals.scale[:, None]
+    own = torch.where(signals.reader < model.n_heads, Q, K)
+    vectors = [_read(layers, signals, delta, layer, signals.reader, token)]
+    sites = [own]
+    if patch_qkv:
+        other = (signals.reader + model.n_heads) % (2 * model.n_heads)
+        vectors.append(_read(layers, signals, delta, layer, other, token))
+        vectors.append(by_reader(delta, _value_maps(model), layer, head))
+        sites += [Q + K - own, torch.full_like(own, V)]
+    times = len(sites)
+    return Changes(
+        *(x.repeat(times) for x in (row, layer)),
+        torch.cat(sites),
+        *(x.repeat(times) for x in (head, token, torch.ones_like(signals.scale))),
+        torch.arange(times * len(row), device=device),
+        torch.cat(vectors),
+    )
+
+
+def _read(
+    layers: Layers,
+    signals: Signals,
+    delta: Float[Tensor, "edge d"],
+    layer: Int[Tensor, "edge"],
+    reader: Int[Tensor, "edge"],
+    token: Int[Tensor, "edge"],
+) -> Float[Tensor, "edge r"]:
+    seen = by_reader(delta, signals.readers.raw[:, :, :-1], layer, reader)
+    if not layers.model.rotary:
+        return seen
+    return rotate(seen, *rotation(layers.model, token))
+
+
+def _value_maps(model: Model) -> Float[Tensor, "layer head d r"]:
+    """W_V of every query head with the gain and centring of the normalisation folded in."""
+    w = qk_weights(model)
+    W_V = torch.stack([block.attn.W_V for block in model.bridge.blocks]).double()
+    W_V = w.gain[:, None, :, None] * W_V
+    if w.centred:
+        W_V = W_V - W_V.mean(-2, keepdim=True)
+    return W_V.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
+
+
+def _probes(signals: Signals, row: Int[Tensor, "probe"]) -> Probes:
+    """The firings of all edges, in every variant and last in the clean run."""
+    times = len(row) // max(1, len(signals))
+    columns = (column(signals.edges, x, row.device) for x in ("layer", "head", "dest", "src"))
+    return Probes(row, *(x.repeat(times) for x in columns))
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def _results(
+    outcome: Outcome,
+    signals: Signals,
+    row: Int[Tensor, "edge"],
+    prompt: Int[Tensor, "edge"],
+    variants: list[tuple],
+    rows: int,
+) -> pd.DataFrame:
+    """What comes of every edge and variant, beside the clean run."""
+    starts = torch.arange(len(variants), device=row.device)[:, None] * rows
+    mine, clean = (row + starts), len(variants) * rows + prompt
+    of_row = {"F": outcome.logits[:, 0] - outcome.logits[:, 1], "probability": outcome.probability}
+    values = {}
+    for name, found in of_row.items():
+        values[name], values[f"{name}_change"] = found[mine], found[mine] - found[clean]
+    for name in ("score", "attention"):
+        found = getattr(outcome, name).view(len(variants) + 1, len(row))
+        values[name], values[f"{name}_change"] = found[:-1], found[:-1] - found[-1]
+    values["norm"] = signals.delta.double().norm(dim=-1).expand(len(variants), -1)
+    edges = pd.concat([signals.edges[KEPT]] * len(variants), ignore_index=True)
+    names = pd.DataFrame(variants, columns=["scope", "mode"], dtype="str")
+    names = names.loc[names.index.repeat(len(row))].reset_index(drop=True)
+    return edges.assign(
+        scope=names["scope"],
+        mode=names["mode"],
+        **{name: value.flatten().cpu().numpy() for name, value in values.items()},
+    )
+
+
+def _moved(
+    inputs: Changes, clean: Clean, signals: Signals, prompt: Int[Tensor, "edge"]
+) -> tuple[Float[Tensor, "edge r"], Float[Tensor, "edge r"]]:
+    """The query or key that a local intervention changes, before, and its change."""
+    n = len(prompt)
+    place = inputs.layer[:n], prompt, inputs.head[:n], inputs.token[:n]
+    is_query = (inputs.site[:n] == Q)[:, None]
+    return torch.where(is_query, clean.q[place], clean.k[place]).double(), inputs.values[:n]
+
+
+def _cosines(
+    layers: Layers, signals: Signals, local: tuple[Tensor, Tensor], variants: list[tuple]
+) -> dict[str, np.ndarray]:
+    """Cosine of what is changed with what it was, and the ratio of their norms."""
+    written = signals.written.double()
+    if not layers.model.bridge.ln_final.uses_rms_norm:
+        written = written - written.mean(-1, keepdim=True)
+    before = {"global": (written, signals.delta.double()), "local": local}
+    cosine, ratio = [], []
+    for scope, mode in variants:
+        x, change = before[scope]
+        after = x + SIGN[mode] * change
+        cosine.append(torch.nn.functional.cosine_similarity(x, after, dim=-1))
+        ratio.append(after.norm(dim=-1) / x.norm(dim=-1))
+    names = ("cosine", "norm_ratio")
+    return {n: torch.cat(v).cpu().numpy() for n, v in zip(names, (cosine, ratio), strict=True)}
+
+
+def _columns(table: pd.DataFrame, probability: bool) -> pd.DataFrame:
+    """The table in order, without what has no meaning or was not asked for."""
+    first = ["row", "scope", "mode", *KEPT, "norm", "F", "F_change"]
+    rest = ["score", "score_change", "attention", "attention_change", "cosine", "norm_ratio"]
+    chance = ["probability", "probability_change"] if probability else []
+    meant = (table["scope"] == "local") | (table["upstream"] != BIAS_ROW)
+    return table.loc[meant, first + rest + chance].reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep does to every edge.
+
+    randoms: how many random supports stand beside each signal; others: whether the signal of the
+    same pooled edge in another prompt does. The rest as in `paths.intervene`.
+    """
+
+    scopes: Sequence[str] = SCOPES
+    modes: Sequence[str] = MODES
+    randoms: int = 0
+    others: bool = False
+    seed: int = 0
+    quirks: PathQuirks = field(default_factory=PathQuirks)
+    freeze_norms: bool = False
+    probability: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What `intervene` is told."""
+        names = ("scopes", "modes", "quirks", "freeze_norms", "probability")
+        return {name: getattr(self, name) for name in names}
+
+
+def sweep(
+    model: Model,
+    batch: Batch,
+    traced: Trace,
+    edges: pd.DataFrame | None = None,
+    plan: Plan | None = None,
+    *,
+    weights: Weights | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Intervene on every edge of a trace (or on some of them) alone. The table of `intervene`.
+
+    With a folder, finished chunks of prompts are kept there, and a sweep that was cut off goes on
+    after them.
+    """
+    plan, weights = plan or Plan(), weights or read_weights(model)
+    signals = read_signals(weights, batch, traced, edges, plan.quirks)
+    others = other_signals(signals, batch, plan.seed) if plan.others else None
+    layers = read_layers(model)
+
+    def work(rows: slice) -> dict[str, pd.DataFrame]:
+        clean, variants = clean_run(model, batch, rows), _variants(signals, others, rows, plan)
+        tables = [intervene(layers, clean, variant, **plan.options()) for variant in variants]
+        return {"sweep": pd.concat(tables, ignore_index=True)}
+
+    if folder:
+        folder = folder / run_key(model, batch, (plan, _digest(signals)))
+    pieces = chunked(chunk_rows(model, batch), work, folder=folder, progress=progress)
+    return pd.concat([piece["sweep"] for piece in pieces], ignore_index=True)
+
+
+def _variants(
+    signals: Signals, others: Signals | None, rows: slice, plan: Plan
+) -> Iterator[Signals]:
+    """The signals of the edges in some prompts, then their controls."""
+    here = _in_rows(signals, rows)
+    yield here
+    for repeat in range(plan.randoms):
+        yield random_signals(here, repeat, plan.seed)
+    if others:
+        yield _in_rows(others, rows)
+
+
+def _in_rows(signals: Signals, rows: slice) -> Signals:
+    prompt = column(signals.edges, "prompt", signals.reader.device)
+    return signals[(prompt >= rows.start) & (prompt < rows.stop)]
+
+
+def _digest(signals: Signals) -> str:
+    """A name for edges and supports by their content."""
+    columns = ["prompt", "upstream", "side", "layer", "head", "dest", "src"]
+    edges = pd.util.hash_pandas_object(signals.edges[columns]).to_numpy().tobytes()
+    return sha256(edges + signals.chosen.cpu().numpy().tobytes()).hexdigest()
+
+
+# --- pooled --------------------------------------------------------------------------------------
+
+
+def summary(
+    table: pd.DataFrame,
+    batch: Batch,
+    measures: Sequence[str] = MEASURES,
+    repeats: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What interventions do on average, edge by pooled edge, with 95 % intervals over prompts.
+
+    One row per pooled edge, scope, mode, control and measure: prompts, value, low, high. A prompt
+    counts once: edges with the same key in it and repeats of a control are averaged first. F_size
+    is |F_change|. Rows with control "signal − X" are the paired difference to control X.
+    """
+    table = labelled(table.assign(F_size=table["F_change"].abs()), roles_of(batch))
+    by = [*KEY, "scope", "mode", "control"]
+    each = table.groupby([*by, "prompt"], sort=False)[list(measures)].mean().reset_index()
+    each = pd.concat([each, *_differences(each, by, measures)], ignore_index=True)
+    groups = each.groupby(by, sort=False)
+    number, size = groups.ngroup().to_numpy(), groups.ngroups
+    pooled = groups.agg(prompts=("prompt", "size")).reset_index()
+    prompts, of = each["prompt"].to_numpy(), len(batch.tokens)
+    draws = np.random.default_rng(seed).multinomial(of, [1 / of] * of, repeats)
+    parts = []
+    for measure in measures:
+        mean = partial(_mean, number, size, each[measure].to_numpy())
+        resampled = [mean(draw[prompts]) for draw in draws]
+        bounds = np.nanquantile(resampled, [0.025, 0.975], axis=0) if size else np.empty((2, 0))
+        columns = {"value": mean(np.ones(len(each))), "low": bounds[0], "high": bounds[1]}
+        parts.append(pooled.assign(measure=measure, **columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _mean(number: np.ndarray, size: int, values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Mean of each group where every value counts some times."""
+    count, total = np.bincount(number, times, size), np.bincount(number, times * values, size)
+    return np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
+
+
+def _differences(
+    each: pd.DataFrame, by: Sequence[str], measures: Sequence[str]
+) -> Iterator[pd.DataFrame]:
+    """Signal minus each control, where a prompt has both."""
+    index = [*(name for name in by if name != "control"), "prompt"]
+    kinds = {name: rows.set_index(index) for name, rows in each.groupby("control", sort=False)}
+    signal = kinds.pop("signal", None)
+    for name, control in kinds.items():
+        if signal is not None:
+            gap = signal[list(measures)] - control[list(measures)]
+            yield gap.dropna().reset_index().assign(control=f"signal − {name}")

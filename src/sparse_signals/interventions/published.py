@@ -1,0 +1,258 @@
+"""Chapter 5: the published experiments on any model, with heads and edges chosen by rules."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sparse_signals.core.model import Model
+from sparse_signals.core.prompts import Batch, roles_of
+from sparse_signals.core.run import BIAS_ROW
+from sparse_signals.core.stats import bootstrap
+from sparse_signals.interventions.case import Case, head_name
+from sparse_signals.interventions.edge_signals import read_signals
+from sparse_signals.interventions.intervene import Plan, summary, sweep
+from sparse_signals.interventions.joint_effects import (
+    Ablations,
+    Players,
+    interactions,
+    joint_effect,
+    losses,
+    strongest_players,
+)
+from sparse_signals.interventions.knockouts import Rounds, knock_out, takeover
+from sparse_signals.tracing.circuit import KEY, labelled, pool
+from sparse_signals.tracing.roots import Root, strongest_roots
+from sparse_signals.tracing.trace import trace
+
+EXPERIMENTS = {
+    "A": "one head, into two movers",
+    "B": "two heads, into two movers each",
+    "E": "into one mover, end and IO",
+    "F": "into the other, end and IO",
+    "J": "all out of two common heads",
+    "K": "all out of two first-layer heads",
+}
+ANY = Ablations()
+
+
+def find_movers(model: Model, batch: Batch, n: int = 5, least: float = 0.1) -> list[Root]:
+    """Of the n heads that write most of logit(IO) − logit(S), those that look from `end` to IO.
+
+    They fire there on at least a share `least` of the prompts. Largest attribution first.
+    """
+    roots = strongest_roots(model, batch, n)
+    seen = trace(model, batch, roots).firings
+    io = batch.roles["IO"].numpy()[seen["prompt"]]
+    counts = seen.loc[seen["root"] & (seen["src"] == io), "name"].value_counts()
+    needed = least * len(batch.tokens)
+    movers = [root for root in roots if counts.get(head_name(root), 0) >= needed]
+    return [Root(root.layer, root.head, "end", "IO") for root in movers]
+
+
+# --- one edge at a time --------------------------------------------------------------------------
+
+
+def commonest_edges(case: Case, n: int = 18) -> pd.DataFrame:
+    """The edges of a trace that belong to its n commonest pooled edges; the bias row is none."""
+    edges = case.traced.edges[case.traced.edges["upstream"] != BIAS_ROW]
+    top = pool(edges, case.batch, repeats=1).head(n)[KEY]
+    rows = labelled(edges.reset_index(names="label"), roles_of(case.batch)).merge(top, on=KEY)
+    return edges.loc[sorted(set(rows["label"]))]
+
+
+def swept(case: Case, plan: Plan, n: int = 18) -> pd.DataFrame:
+    """A sweep over the edges of the n commonest pooled edges."""
+    edges = commonest_edges(case, n)
+    return sweep(case.model, case.batch, case.traced, edges, plan, weights=case.weights)
+
+
+def summed_up(table: pd.DataFrame, batch: Batch) -> pd.DataFrame:
+    """`sweeps.summary` with a name for every edge: upstream → reader, q or k, and the roles."""
+    found = summary(table, batch)
+    side = found["side"].map({"dest": " q (", "src": " k ("})
+    ends = found["upstream"] + " → " + found["downstream"]
+    return found.assign(edge=ends + side + found["dest_role"] + "→" + found["src_role"] + ")")
+
+
+def two_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects on the reader and on the answer side by side, from `summed_up`.
+
+    Columns: edge, scope, reader, answer (changes of attention and of F), and *_low, *_high.
+    """
+    index, parts = ["edge", "scope"], []
+    for measure, name in (("attention_change", "reader"), ("F_change", "answer")):
+        rows = table[(table["measure"] == measure) & (table["control"] == "signal")]
+        rows = rows[rows["mode"] == "ablate"].set_index(index)[["value", "low", "high"]]
+        parts.append(rows.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
+    return parts[0].join(parts[1]).reset_index()
+
+
+def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
+    """The summary numbers of the published sweep, from `summed_up`, for ablations.
+
+    One row a number: fact (its name in the facts file), ablation (in words), and the mean over
+    pooled edges, value, with a 95 % interval that resamples edges, low and high.
+    """
+    rows, ablated = [], found[found["mode"] == "ablate"]
+    for scope, table in ablated.groupby("scope", sort=False):
+        values = table.set_index(["measure", "control"])["value"].sort_index()
+        for measure, name in (("score_change", "score"), ("F_change", "logit_diff")):
+            falls = (values[measure, "signal"] < 0).astype(float)
+            words = f"{scope}: share of edges that lower {name}"
+            rows.append((f"share_{scope}_lowers_{name}", words, falls))
+        for control in sorted({"signal", "random"} & set(table["control"]), reverse=True):
+            words = f"{scope}: mean |change of logit_diff|, {control}"
+            rows.append((f"mean_abs_{scope}_{control}", words, values["F_size", control]))
+    means = [bootstrap(x.to_frame(), np.arange(len(x))).iloc[0, 1:] for *_, x in rows]
+    table = pd.DataFrame([row[:2] for row in rows], columns=["fact", "ablation"])
+    return table.join(pd.DataFrame(means).astype(float).reset_index(drop=True))
+
+
+# --- two sets of edges ---------------------------------------------------------------------------
+
+
+def common_heads(case: Case, names: Sequence[str], n: int = 2) -> list[str]:
+    """The n heads that all of some roots hear at `end`, by the smallest weight they have there."""
+    edges = case.traced.edges[_into_roots(case) & (case.traced.edges["side"] == "dest")]
+    edges = edges[
+        edges["downstream"].isin(names) & edges["upstream"].str.contains(".", regex=False)
+    ]
+    sums = edges.groupby(["upstream", "downstream"])["weight"].sum().unstack(fill_value=0.0)
+    least = sums.reindex(columns=list(names), fill_value=0.0).min(axis=1)
+    return least.sort_values(ascending=False, kind="stable").index[:n].tolist()
+
+
+def first_heads(case: Case, n: int = 2) -> list[str]:
+    """The n heads of the lowest layer with two in the trace that write most into it."""
+    edges = case.traced.edges[case.traced.edges["upstream"].str.contains(".", regex=False)]
+    sums = edges.groupby("upstream")["weight"].sum().sort_values(ascending=False, kind="stable")
+    layer = sums.index.str.split(".").str[0].astype(int)
+    enough = layer.value_counts().sort_index()
+    return sums.index[layer == enough.index[enough >= n][0]][:n].tolist()
+
+
+def _into_roots(case: Case) -> pd.Series:
+    firings = case.traced.firings
+    return case.traced.edges["firing"].isin(firings.loc[firings["root"], "firing"])
+
+
+def edge_sets(case: Case) -> dict[str, tuple[pd.Series, pd.Series]]:
+    """For each experiment of `EXPERIMENTS` its two sets, as masks of the edges of the trace."""
+    edges, root = case.traced.edges, _into_roots(case)
+    names = [head_name(x) for x in case.roots[:2]]
+    one, other = (root & (edges["downstream"] == x) for x in (names[0], names[-1]))
+    end, io = edges["side"] == "dest", edges["side"] == "src"
+    common, first = common_heads(case, names), first_heads(case)
+    u, v, e, f = (edges["upstream"] == x for x in (*common, *first))
+    return {
+        "A": (one & end & u, other & end & u),
+        "B": ((one | other) & end & u, (one | other) & end & v),
+        "E": (one & end, one & io),
+        "F": (other & end, other & io),
+        "J": (u, v),
+        "K": (e, f),
+    }
+
+
+def joint_of_sets(case: Case, first: pd.Series, second: pd.Series, scope: str) -> dict[str, float]:
+    """Change of F when each of two sets of edges is ablated, and `joint_effect` of the two.
+
+    On prompts that have edges of both; empty where there is none. Signals are summed, as published:
+    what two edges out of one component share is then taken twice.
+    """
+    edges = case.traced.edges
+    stream = edges["upstream"] != BIAS_ROW
+    both = set(edges.loc[first & stream, "prompt"]) & set(edges.loc[second & stream, "prompt"])
+    ours = (first | second) & stream & edges["prompt"].isin(both)
+    if not ours.any():
+        return {}
+    signals = read_signals(case.weights, case.batch, case.traced, edges[ours])
+    player = torch.tensor(second[ours].to_numpy(int), device=signals.reader.device)
+    pair = Players(pd.DataFrame(index=range(2)), signals, player)
+    how = Ablations(scope=scope)
+    found = joint_effect(case.layers, case.clean, pair, how)
+    lost = losses(case.layers, case.clean, pair, np.array([1]), how).mean()
+    changes = {"first": -lost, "second": lost - found["summed"], "together": -found["joint"]}
+    return changes | found.to_dict()
+
+
+def joint_experiments(case: Case) -> pd.DataFrame:
+    """The counterparts of the published experiments.
+
+    One row per experiment and scope: key, experiment, scope, first, second, together (changes of
+    F), ratio = together / (first + second) with low and high, prompts.
+    """
+    rows = []
+    for key, sets in edge_sets(case).items():
+        for scope in ("global", "local"):
+            if found := joint_of_sets(case, *sets, scope):
+                name = f"{key}: {EXPERIMENTS[key]}"
+                rows.append({"key": key, "experiment": name, "scope": scope} | found)
+    table = pd.DataFrame(rows).rename(columns={"ratio_low": "low", "ratio_high": "high"})
+    columns = ["first", "second", "together", "ratio", "low", "high", "prompts"]
+    return table[["key", "experiment", "scope", *columns]]
+
+
+def published_experiments(facts: dict[str, dict]) -> pd.DataFrame:
+    """The published table in the columns of `joint_experiments`, and edges, their description.
+
+    Source: Franco and Crovella 2024, released results; they have no intervals.
+    """
+    rows = []
+    for name, fact in facts.items():
+        key, edges = name.split(": ", 1)
+        for scope in ("global", "local"):
+            (first, second), joint = fact[scope], fact[f"joint_{scope}"]
+            rows.append([key, f"{key}: {EXPERIMENTS[key]}", scope, edges, first, second, joint])
+    columns = ["key", "experiment", "scope", "edges", "first", "second", "together"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(ratio=table["together"] / (table["first"] + table["second"]))
+
+
+# --- many edges ----------------------------------------------------------------------------------
+
+
+def alone_and_together(case: Case, root: Root, side: str = "dest", n: int = 5) -> pd.DataFrame:
+    """What the n strongest edges into a side of a root lose us alone, in sum, and together.
+
+    One row each: edge, kind ("alone", "sum", "together"), value, low, high.
+    """
+    who = strongest_players(case.weights, case.batch, case.traced, head_name(root), side, n)
+    lost = losses(case.layers, case.clean, who, 2 ** np.arange(len(who)), ANY)
+    table = pd.DataFrame(lost, columns=who.names["upstream"])
+    alone = bootstrap(table, np.arange(len(lost))).rename(columns={"measure": "edge"})
+    both, rows = joint_effect(case.layers, case.clean, who), [alone.assign(kind="alone")]
+    for name, kind in (("summed", "sum"), ("joint", "together")):
+        value = dict(zip(("value", "low", "high"), both.filter(regex=f"^{name}"), strict=True))
+        rows.append(pd.DataFrame([{"edge": kind, "kind": kind} | value]))
+    return pd.concat(rows, ignore_index=True)
+
+
+def interaction_table(case: Case, root: Root, side: str = "dest", n: int = 5) -> pd.DataFrame:
+    """`interactions` of the n strongest edges into a side of a root, with names for numbers."""
+    who = strongest_players(case.weights, case.batch, case.traced, head_name(root), side, n)
+    pairs, names = interactions(case.layers, case.clean, who), who.names["upstream"]
+    ends = {x: names.iloc[pairs[x]].to_numpy() for x in ("first", "second")}
+    return pairs.assign(**ends)
+
+
+def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:
+    """`knock_out` with the scales of the normalisation recomputed, and frozen (column scales)."""
+    tables = []
+    for scales in ("recomputed", "frozen"):
+        rounds = Rounds(number=number, freeze_norms=scales == "frozen")
+        rows = knock_out(case.weights, case.batch, root, rounds=rounds)
+        tables.append(rows.assign(scales=scales))
+    return pd.concat(tables, ignore_index=True)
+
+
+def takeovers(runs: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """`takeover` of several `knock_outs`, by name: columns circuit and scales besides."""
+    tables = [
+        takeover(rows.drop(columns="scales")).assign(circuit=circuit, scales=scales)
+        for circuit, table in runs.items()
+        for scales, rows in table.groupby("scales", sort=False)
+    ]
+    return pd.concat(tables, ignore_index=True)

@@ -1,0 +1,1 @@
+"""The appendix: circuits planted by hand, whose true edges are known."""

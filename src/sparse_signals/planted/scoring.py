@@ -1,0 +1,340 @@
+"""Appendix: tracers judged by circuits whose edges are known.
+
+A planted circuit is run once; then every method traces the same firings from the same roots, so
+that they differ in nothing but the weights they give to upstream components.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_signals.core.model import logits
+from sparse_signals.core.run import Run, run_model
+from sparse_signals.core.stats import random_rotation
+from sparse_signals.planted.circuits import KEY, LOUD, MUTE, Planted, planted, recovery
+from sparse_signals.signals.firings import Pairs, find_firings
+from sparse_signals.signals.slices import coordinates
+from sparse_signals.tracing.contributions import (
+    SIDES,
+    Contributions,
+    Settings,
+    Weights,
+    contributions,
+    read_weights,
+    readers,
+    receiving,
+)
+from sparse_signals.tracing.trace import follow
+
+METHODS = {
+    "exact": "share of the slices in the support",
+    "whole score": "share of all slices, no support",
+    "random basis": "exact, in randomly turned bases",
+    "exact, heads only": "exact, but no other component counts",
+    "published": "√σ weights, heads only",
+    "loudest": "norm of the output, heads only",
+    "dice": "random numbers",
+}
+HEADS_ONLY = ("exact, heads only", "published", "loudest")
+COUNTED = ("head edges", "all edges")
+FATES = ("found", "lost by the cut", "cut off by silence", "reader silent")
+FIRING = ["prompt", "layer", "head", "dest", "src"]
+ROLES = ("end", "IO", "S2", "S1+1", "S1")  # the first of these that a token has names it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A planted circuit that was run: the firings, and which of them are planted roots.
+
+    Under noise a root may fall silent: then nothing is traced from it, by any method. `accuracy`
+    is the share of prompts that the model still answers.
+    """
+
+    planted: Planted
+    weights: Weights
+    run: Run
+    pairs: Pairs
+    start: Int[Tensor, "pair"]
+    accuracy: float
+
+
+def run_case(case: Planted) -> Case:
+    """Run a planted circuit on its prompts, once for all methods."""
+    batch = case.batch
+    run = run_model(case.model, batch.tokens, batch.mask)
+    pairs = find_firings(run.attention)
+    start = torch.from_numpy(among(pairs.table(), case.roots).astype(np.int64))
+    answers = logits(case.model, batch.tokens, batch.mask.sum(1) - 1).argmax(-1)
+    accuracy = (answers == batch.io).double().mean().item()
+    return Case(case, read_weights(case.model), run, pairs, start, accuracy)
+
+
+def trace_case(
+    case: Case, method: str = "exact", share: float = 0.7, seed: int = 0
+) -> pd.DataFrame:
+    """The edges that a method finds, as in `tracing.Trace`; `seed` draws what is random in it.
+
+    A side keeps its largest contributions until they exceed `share` of their sum.
+    Raises ValueError for a method that is not in `METHODS`.
+    """
+    return _follow(case, shares(case, method, seed), share)
+
+
+def _follow(case: Case, parts: Contributions, share: float) -> pd.DataFrame:
+    settings = Settings(share=share)
+    return follow(case.weights, case.run, case.pairs, parts, case.start, settings).edges
+
+
+def shares(case: Case, method: str, seed: int = 0) -> Contributions:
+    """What every component contributes to every firing, as a method sees it."""
+    if method not in METHODS:
+        raise ValueError(f"no method called {method!r}: choose among {', '.join(METHODS)}")
+    weights, run, pairs = case.weights, case.run, case.pairs
+    if method == "whole score":
+        return _whole_score(case)
+    if method == "random basis":
+        turn = random_rotation(case.planted.model.d_head, seed)
+        weights = read_weights(case.planted.model, turn)
+    weighting = {"published": "published", "loudest": "norm"}.get(method, "exact")
+    parts = contributions(weights, run, pairs, Settings(weighting=weighting))
+    if method == "exact, heads only":
+        return replace(parts, values=parts.values * _is_head(weights))
+    if method == "dice":
+        thrown = np.random.default_rng(seed).random(tuple(parts.values.shape))
+        return replace(parts, values=torch.from_numpy(thrown) * _upstream(case)[:, None])
+    return parts
+
+
+def _whole_score(case: Case) -> Contributions:
+    """x_c·w / s of every component, with w the whole form: the exact shares of all slices."""
+    weights, run, pairs = case.weights, case.run, case.pairs
+    coords = coordinates(weights.maps, run.attention, pairs)
+    every = torch.ones_like(coords.slices, dtype=torch.bool)
+    w, token = readers(weights, pairs, coords, every), receiving(pairs)
+    scale = run.scale[pairs.layer[:, None], pairs.prompt[:, None], token]
+    written = run.outputs[pairs.prompt[:, None], token]
+    values = torch.einsum("nscd,nsd->nsc", written, w[..., :-1]) / scale[..., None]
+    values = torch.cat([values, w[..., -1:]], dim=-1) * _upstream(case)[:, None]
+    return Contributions(values, pairs.score, every, torch.ones_like(scale, dtype=torch.bool))
+
+
+def _is_head(weights: Weights) -> Bool[Tensor, "component"]:
+    return torch.tensor((weights.components["kind"] == "head").tolist())
+
+
+def _upstream(case: Case) -> Bool[Tensor, "pair component"]:
+    layer = torch.tensor(case.weights.components["layer"].tolist())
+    return layer < case.pairs.layer[:, None]
+
+
+def among(table: pd.DataFrame, known: pd.DataFrame, key: Sequence[str] = FIRING) -> np.ndarray:
+    """Which rows of a table are in another one, by the columns of `key`."""
+    return _tuples(table, key).isin(set(_tuples(known, key))).to_numpy()
+
+
+def _tuples(table: pd.DataFrame, key: Sequence[str]) -> pd.Series:
+    rows = list(table[list(key)].itertuples(index=False, name=None))
+    return pd.Series(rows, dtype=object)
+
+
+# --- how well a method does ----------------------------------------------------------------------
+
+
+def compare(case: Case, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Edges that methods found, against the truth: method, edges, precision, recall, counts.
+
+    "head edges" lead from a head to a head, the only ones that every method can find; "all edges"
+    include those from embeddings and positions. Methods that see heads only get no such row.
+    """
+    rows = []
+    for method, table in found.items():
+        for kind in COUNTED[: 1 if method in HEADS_ONLY else 2]:
+            result = recovery(kept(table, kind), kept(case.planted.truth, kind))
+            rows.append({"method": method, "edges": kind} | result.to_dict())
+    return pd.DataFrame(rows).assign(circuit=case.planted.name)
+
+
+def kept(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The edges of a kind, one of `COUNTED`."""
+    heads = table["upstream"].str.match(r"\d")
+    return table[heads] if kind == "head edges" else table
+
+
+def sweep(
+    names: Sequence[str], levels: Sequence[float], seeds: int, methods: Collection[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All methods on noisy circuits: rows of `compare`, and how many edges met which fate.
+
+    Both tables have columns circuit, noise and seed. The second is about the method "exact"; it
+    also has accuracy, and of the planted pairs of tokens silent ones (attention below 0.5) and
+    quiet ones (below 0.1).
+    """
+    scores, ends = [], []
+    for name in names:
+        for noise in levels:
+            for seed in range(seeds):
+                case = run_case(planted(name, noise, seed))
+                where = {"circuit": name, "noise": noise, "seed": seed}
+                found = {method: trace_case(case, method, seed=seed) for method in methods}
+                scores.append(compare(case, found).assign(**where))
+                fate = fates(case, found["exact"]).value_counts().reindex(FATES, fill_value=0)
+                weight = planted_attention(case)
+                where |= {"accuracy": case.accuracy, "silent": (weight < 0.5).sum()}
+                ends.append(where | {"quiet": (weight < 0.1).sum()} | fate.to_dict())
+    return pd.concat(scores, ignore_index=True), pd.DataFrame(ends)
+
+
+def pooled(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Precision and recall of all runs together, with the worst and the best seed.
+
+    |found ∩ truth| and its like are summed before they are divided, for each value of the columns
+    `by`. What is 0 / 0 is NaN.
+    """
+    whole = _rates(scores.groupby(list(by), sort=False))
+    seeds = _rates(scores.groupby([*by, "seed"], sort=False)).groupby(list(by), sort=False)
+    for rate in ("precision", "recall"):
+        whole[f"{rate}_low"], whole[f"{rate}_high"] = seeds[rate].min(), seeds[rate].max()
+    return whole.reset_index()
+
+
+def _rates(groups: pd.api.typing.DataFrameGroupBy) -> pd.DataFrame:
+    table = groups[["correct", "spurious", "missing"]].sum()
+    table["precision"] = table["correct"] / (table["correct"] + table["spurious"])
+    table["recall"] = table["correct"] / (table["correct"] + table["missing"])
+    return table
+
+
+def fate_shares(ends: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The second table of `sweep` in shares of the planted edges: `by`, fate, share, accuracy."""
+    groups = ends.groupby(list(by), sort=False)
+    counts = groups[list(FATES)].sum()
+    table = counts.div(counts.sum(axis=1), axis=0).assign(accuracy=groups["accuracy"].mean())
+    names = {"var_name": "fate", "value_name": "share"}
+    return table.reset_index().melt([*by, "accuracy"], list(FATES), **names)
+
+
+def with_all(table: pd.DataFrame, name: str = "all four") -> pd.DataFrame:
+    """The table with every row once more, as one of a circuit called `name`, which comes first."""
+    return pd.concat([table.assign(circuit=name), table], ignore_index=True)
+
+
+def fates(case: Case, found: pd.DataFrame) -> pd.Series:
+    """What became of every planted edge, one of `FATES`.
+
+    A reader is silent where it does not fire at its place. An edge is cut off by silence where its
+    reader fires, but every planted path from the roots to it passes a silent one. What is neither,
+    and not found, was lost by the tracer: by the cut, here or on the way.
+    """
+    fires, reachable = _alive(case)
+    fate = pd.Series("lost by the cut", case.planted.truth.index)
+    fate[~reachable] = "cut off by silence"
+    fate[~fires] = "reader silent"
+    fate[among(case.planted.truth, found, KEY)] = "found"
+    return fate
+
+
+def _alive(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Planted edges whose reader fires, and those that planted paths of firings reach."""
+    truth = case.planted.truth
+    token = truth["dest"].where(truth["side"] == "dest", truth["src"])
+    reader = truth["layer"].astype(str) + "." + truth["head"].astype(str)
+    ends = pd.DataFrame({"prompt": truth["prompt"], "head": reader, "at": truth["dest"]})
+    leads = ends.assign(head=truth["upstream"], at=token)
+    fires = among(truth, case.pairs.table())
+    reachable = fires & among(truth, case.planted.roots)
+    for _ in range(case.planted.model.n_layers):
+        reachable |= fires & among(ends, leads[reachable], list(ends))
+    return fires, reachable
+
+
+def planted_attention(case: Case) -> pd.Series:
+    """The attention of every planted pair of tokens, whether it fires or not."""
+    pairs = case.planted.truth[FIRING].drop_duplicates(ignore_index=True)
+    at = (torch.tensor(pairs[name].tolist()) for name in ("layer", "prompt", "head", "dest", "src"))
+    return pd.Series(case.run.attention.pattern[tuple(at)].tolist())
+
+
+def cuts(case: Case, levels: Sequence[float], methods: Collection[str]) -> pd.DataFrame:
+    """Rows of `compare` for every share at which a side may be cut, with a column share."""
+    parts = {method: shares(case, method) for method in methods}
+    tables = []
+    for share in levels:
+        found = {method: _follow(case, parts[method], share) for method in methods}
+        tables.append(compare(case, found).assign(share=share))
+    return pd.concat(tables, ignore_index=True)
+
+
+def strays(case: Case, found: pd.DataFrame) -> pd.DataFrame:
+    """Edges that are found and not planted: sender (kind of component), share, whole.
+
+    `share` is the share of its side as the tracer saw it, `whole` its share of the whole score,
+    which depends on no basis and no support.
+    """
+    stray = found[~among(found, case.planted.truth, KEY)]
+    table = case.weights.components.set_index("component")
+    rows = pd.Index(_tuples(case.pairs.table(), FIRING)).get_indexer(_tuples(stray, FIRING))
+    side = stray["side"].map(SIDES.index).to_numpy(dtype=np.int64)
+    values = _whole_score(case).values
+    values = (values / values.sum(-1, keepdim=True)).numpy()
+    whole = values[rows, side, table.index.get_indexer(stray["upstream"])]
+    sender = stray["upstream"].map(table["kind"])
+    return stray.assign(sender=sender, whole=whole)[["sender", "share", "whole"]]
+
+
+def drawn_edges(case: Planted) -> pd.DataFrame:
+    """The planted edges by the roles of their tokens: circuit, upstream, role, side, reader, dest.
+
+    One row per edge, whatever the prompt; `role` is where upstream writes.
+    """
+    edges = case.truth.assign(reader=_names(case.truth), circuit=case.name)
+    writes = edges["dest"].where(edges["side"] == "dest", edges["src"])
+    edges["role"], edges["at"] = _roles(case, edges, writes), _roles(case, edges, edges["dest"])
+    columns = ["circuit", "upstream", "role", "side", "reader", "at"]
+    return edges[columns].drop_duplicates(ignore_index=True)
+
+
+def drawn_decoys(case: Case) -> pd.DataFrame:
+    """The decoys of a circuit, and at which token they fire: circuit, reader, at."""
+    fired = case.pairs.table()
+    if case.planted.name == "decoys":
+        fired = fired[fired["name"].isin(MUTE + LOUD)]
+    else:
+        fired = fired.iloc[:0]
+    at = _roles(case.planted, fired, fired["dest"])
+    return pd.DataFrame({"circuit": case.planted.name, "reader": fired["name"], "at": at})
+
+
+def drawn_attention(case: Case) -> pd.DataFrame:
+    """Attention of the heads of a circuit on its first prompt: one row per head and visible pair.
+
+    Columns: head ("inhibition 0.0"), dest, src, target, source (words), attention, planted
+    (whether the circuit needs the head to look there).
+    """
+    labels = [f"{pos} {word}" for pos, word in enumerate(case.planted.batch.labels[0])]
+    rows = case.planted.truth[case.planted.truth["prompt"] == 0]
+    parts = []
+    for (layer, head), pairs in rows.groupby(["layer", "head"]):
+        weights = case.run.attention.pattern[layer, 0, head]
+        table = pd.DataFrame(weights[: len(labels), : len(labels)].numpy()).stack()
+        table = table.rename("attention").rename_axis(["dest", "src"]).reset_index()
+        table["planted"] = among(table, pairs, ["dest", "src"])
+        table = table[table["src"] <= table["dest"]]
+        parts.append(table.assign(head=f"{case.planted.name} {layer}.{head}"))
+    looks = pd.concat(parts, ignore_index=True)
+    words = dict(enumerate(labels))
+    return looks.assign(target=looks["dest"].map(words), source=looks["src"].map(words))
+
+
+def _names(table: pd.DataFrame) -> pd.Series:
+    return table["layer"].astype(str) + "." + table["head"].astype(str)
+
+
+def _roles(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[str]:
+    roles = {role: case.batch.roles[role].tolist() for role in ROLES if role in case.batch.roles}
+    pairs = zip(table["prompt"], token, strict=True)
+    return [next(r for r in roles if roles[r][prompt] == place) for prompt, place in pairs]

@@ -1,0 +1,197 @@
+"""Chapter 3: firings, slices of a score, supports, and how sparse they are.
+
+The score of a pair of tokens is a sum of r slices, a_ij = Σ_k p_k with
+p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array starts with the pair.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.core.matmul import grouped_matmul
+from sparse_signals.core.run import Attention
+from sparse_signals.core.stats import participation_ratio
+from sparse_signals.heads.svd import HeadSVD
+from sparse_signals.signals.firings import Pairs
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The two sides of every slice: slice k of a pair is `dest[k] · src[k]`.
+
+    In the SVD basis dest = x̃_iᵀU √(σ/√r) and src = x̃_jᵀV √(σ/√r). Sharing √σ between the sides
+    makes any rotation of both another exact slicing of the same score.
+    """
+
+    dest: Float[Tensor, "pair r"]
+    src: Float[Tensor, "pair r"]
+
+    @property
+    def slices(self) -> Float[Tensor, "pair r"]:
+        return self.dest * self.src
+
+
+@dataclass(frozen=True)
+class SliceMaps:
+    """A basis of every head: q @ dest and k @ src are the two sides of its slices.
+
+    Any orthogonal matrix applied to both gives another exact slicing of the same scores.
+    """
+
+    dest: Float[Tensor, "layer head r r"]
+    src: Float[Tensor, "layer head r r"]
+
+
+def slice_maps(svd: HeadSVD) -> SliceMaps:
+    """The SVD basis: q @ dest = x̃ᵀU √(σ/√r) and k @ src = x̃ᵀV √(σ/√r)."""
+    root = (svd.S / svd.scale[:, None, None]).sqrt().unsqueeze(-2)
+    return SliceMaps(svd.dest_map * root, svd.src_map * root)
+
+
+def coordinates(
+    basis: HeadSVD | SliceMaps, attention: Attention, pairs: Pairs, relative: bool = False
+) -> Coordinates:
+    """Slice coordinates of every pair in the SVD basis of its head (or another), in float64.
+
+    With `relative` the key is measured from the mean of the other visible keys, k_j − mean k_j',
+    so the slices sum to the relative score a_ij − mean_j' a_ij', which softmax cannot shift.
+    Source: Franco and Crovella 2024, section 3; 2025 for relative attention.
+    """
+    maps = slice_maps(basis) if isinstance(basis, HeadSVD) else basis
+    k = (_relative_keys if relative else _keys)(attention, pairs)
+    q = _queries(attention, pairs)
+    return Coordinates(by_head(q, maps.dest, pairs), by_head(k, maps.src, pairs))
+
+
+def head_coordinates(attention: Attention, pairs: Pairs) -> Coordinates:
+    """The head's own (rotary) coordinates: slice k is q_k k_k / √r."""
+    root = attention.scale[pairs.layer, None].sqrt()
+    return Coordinates(_queries(attention, pairs) / root, _keys(attention, pairs) / root)
+
+
+def _queries(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
+
+
+def _keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return attention.k[pairs.layer, pairs.prompt, pairs.head, pairs.src].double()
+
+
+def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    seen = attention.k.double().cumsum(dim=-2)
+    total = seen[pairs.layer, pairs.prompt, pairs.head, pairs.dest]
+    key = _keys(attention, pairs)
+    return key - (total - key) / pairs.dest.clamp_min(1)[:, None]
+
+
+def by_head(
+    x: Float[Tensor, "pair n"], maps: Float[Tensor, "layer head n m"], pairs: Pairs
+) -> Float[Tensor, "pair m"]:
+    """Every row times the map of its head."""
+    head = pairs.layer * maps.shape[1] + pairs.head
+    return grouped_matmul(x, maps.to(x.device).flatten(0, 1), head)
+
+
+def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:
+    """The slices that make a head fire: the smallest set of largest ones exceeding f·a_ij.
+
+    Slices are sorted in descending order (equal ones keep their order) and taken until their sum
+    exceeds f·Σp; negative slices are outvoted, never chosen. If nothing is negative, all positive
+    slices are taken. For a negative score the mirror image. Sums that differ by rounding count
+    as equal. Source: Franco and Crovella 2024, section 4.
+    """
+    total = slices.sum(-1, keepdim=True)
+    upright = torch.where(total < 0, -slices, slices)
+    ordered, order = upright.sort(dim=-1, descending=True, stable=True)
+    rounding = 1e-12 * slices.abs().sum(-1, keepdim=True)
+    before = ordered.cumsum(-1) - ordered
+    wanted = (before <= fraction * total.abs() + rounding) & (ordered > 0)
+    return torch.zeros_like(wanted).scatter(-1, order, wanted)
+
+
+def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataFrame:
+    """How few slices carry each score. One row per pair:
+
+    * support: size of the published support (cancellation shrinks it);
+    * participation: (Σ|p|)² / Σp²;
+    * ninety: how many of the largest |p| hold 90 % of Σ|p|;
+    * settled: after how many of the largest |p| the partial sum stays within 10 % of the score;
+    * cancellation: Σ|p| / |Σp|, 1 where all slices agree.
+    """
+    total = slices.sum(-1, keepdim=True)
+    size, order = slices.abs().sort(dim=-1, descending=True, stable=True)
+    held = size.cumsum(-1) / size.sum(-1, keepdim=True)
+    partial = slices.gather(-1, order).cumsum(-1)
+    off = (partial - total).abs() > 0.1 * total.abs()
+    steps = torch.arange(1, slices.shape[-1] + 1, device=slices.device)
+    columns = {
+        "support": support(slices, fraction).sum(-1),
+        "participation": participation_ratio(slices),
+        "ninety": (held < 0.9 - 1e-12).sum(-1) + 1,
+        "settled": (off * steps).amax(-1) + 1,
+        "cancellation": size.sum(-1) / total.squeeze(-1).abs(),
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def signal_norm(
+    svd: HeadSVD, attention: Attention, layer: int, head: int, vectors: Int[Tensor, "chosen"]
+) -> Float[Tensor, "prompt pos"]:
+    """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
+    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
+    return keys[..., vectors].norm(dim=-1)
+
+
+def heard(
+    svd: HeadSVD, attention: Attention, pairs: Pairs, vectors: Int[Tensor, "chosen"]
+) -> Float[Tensor, "prompt pos"]:
+    """What the typical destination of some pairs of one head hears from every token.
+
+    Σ_{k∈S} d_k s_k with d the mean destination coordinates of the pairs and s the source
+    coordinates of the token: the part of its score, in softmax units, that comes by the signal.
+    """
+    layer, head = int(pairs.layer[0]), int(pairs.head[0])
+    dest = coordinates(svd, attention, pairs).dest.mean(0)
+    root = (svd.S / svd.scale[:, None, None])[layer, head].sqrt()
+    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
+    return (keys * root.to(keys.device))[..., vectors] @ dest[vectors]
+
+
+def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
+    """One row per slice of every pair, largest first: n (pair), k, p, rank, running total, chosen.
+
+    `score` is the sum of the slices of the pair.
+    """
+    values, order = slices.sort(dim=-1, descending=True, stable=True)
+    pairs, rank = values.shape
+    columns = {
+        "n": torch.arange(pairs).repeat_interleave(rank),
+        "k": order.flatten(),
+        "p": values.flatten(),
+        "rank": torch.arange(1, rank + 1).repeat(pairs),
+        "total": values.cumsum(-1).flatten(),
+        "chosen": support(slices).gather(-1, order).flatten(),
+        "score": slices.sum(-1).repeat_interleave(rank),
+    }
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def usage_table(pairs: Pairs, supports: Bool[Tensor, "pair r"]) -> pd.DataFrame:
+    """How often each singular pair is in the support: one row per head and k, with the share."""
+    wide = pd.DataFrame(supports.double().cpu().numpy()).rename_axis(columns="k")
+    table = pairs.table()
+    share = wide.groupby([table["layer"], table["head"], table["name"]]).mean()
+    return share.stack().rename("share").reset_index()
+
+
+def captured_share(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
+    """Share of the score in the n slices of largest |p|: quartiles over pairs, for n = 1 … r."""
+    order = slices.abs().argsort(dim=-1, descending=True, stable=True)
+    share = slices.gather(-1, order).cumsum(-1) / slices.sum(-1, keepdim=True)
+    low, middle, high = np.quantile(share.cpu().numpy(), [0.25, 0.5, 0.75], axis=0)
+    count = np.arange(1, slices.shape[-1] + 1)
+    return pd.DataFrame({"n": count, "share": middle, "low": low, "high": high})

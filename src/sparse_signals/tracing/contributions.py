@@ -1,0 +1,247 @@
+"""Chapter 4: what each upstream component contributes to a firing.
+
+The score of a firing is linear in what each component wrote at its destination, and linear in what
+each wrote at its source. So on either side every component has a share of the slices in the
+support, and the shares add up to it. Pairs are batched: every array starts with the firing.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.core.matmul import grouped_matmul
+from sparse_signals.core.model import Model
+from sparse_signals.core.rotary import rotation, unrotate
+from sparse_signals.core.run import Run, component_table, writers
+from sparse_signals.heads.svd import QKForms, head_svd, qk_forms
+from sparse_signals.signals.firings import Pairs
+from sparse_signals.signals.slices import (
+    Coordinates,
+    SliceMaps,
+    by_head,
+    coordinates,
+    slice_maps,
+    support,
+)
+
+SIDES = ("dest", "src")
+WEIGHTINGS = ("exact", "published", "norm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to trace. The defaults are this book's; chapter 4 varies them.
+
+    level, context: what counts as a firing (`signals.find_firings`). fraction: f of the support,
+    None for every slice, so that nothing is filtered.
+    share: a side keeps its largest contributions until their sum exceeds this share of the total.
+    weighting: "exact" (all components, shares of the score in softmax units), "published" (heads
+    only, √σ weights, unscaled), or "norm" (heads by the length of their output: a baseline).
+    bias_per_head: a quirk of the released code, the bias row added to every upstream head.
+    """
+
+    level: float = 0.5
+    context: bool = False
+    fraction: float | None = 1.0
+    share: float = 0.7
+    weighting: str = "exact"
+    bias_per_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, not {self.weighting!r}")
+        for name in ("level", "fraction", "share"):
+            value = getattr(self, name)
+            if name == "fraction" and value is None:
+                continue
+            if value <= 0 or (value > 1 and not (name == "level" and self.context)):
+                raise ValueError(f"{name} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What tracing needs of a model's weights: QK forms, the slicing basis, the components."""
+
+    model: Model
+    forms: QKForms
+    maps: SliceMaps
+    components: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What every component contributes to each firing, on its destination and its source side.
+
+    The last component is the bias row; components that are not upstream of the head have zero.
+    `total` is what the exact values of either side sum to, Σ_{k∈S} p_k. `sides` says which sides
+    a trace may follow: those that belong to one token.
+    """
+
+    values: Float[Tensor, "pair side component"]
+    total: Float[Tensor, "pair"]
+    support: Bool[Tensor, "pair r"]
+    sides: Bool[Tensor, "pair side"]
+
+    def error(self) -> Float[Tensor, "pair"]:
+        """|Σ components − Σ_{k∈S} p_k| / |Σ_{k∈S} p_k|, the worse side (exact weighting)."""
+        gap = (self.values.sum(-1) - self.total[:, None]).abs().amax(1)
+        return gap / self.total.abs().clamp_min(torch.finfo(gap.dtype).tiny)
+
+
+def read_weights(model: Model, turn: Float[Tensor, "r r"] | None = None) -> Weights:
+    """Forms and SVD of every head. `turn` rotates all bases: the null of random directions."""
+    forms = qk_forms(model)
+    maps = slice_maps(head_svd(forms))
+    if turn is not None:
+        turn = turn.to(maps.dest)
+        maps = SliceMaps(maps.dest @ turn, maps.src @ turn)
+    return Weights(model, forms, maps, component_table(model))
+
+
+def contributions(
+    weights: Weights, run: Run, pairs: Pairs, settings: Settings | None = None
+) -> Contributions:
+    """The share of every upstream component in every firing, on both sides.
+
+    Exact, source side: Σ_{k∈S} σ_k (x̃_i·u_k)(v_k·x_c(j)/s_j)/√r; destination side likewise with
+    x_c(i)/s_i and x̃_j. Published: Σ_{k∈S} sgn(x̃_i·u_k) √σ_k v_k·x_c(j)/s_j, and likewise.
+    Source: Franco and Crovella 2024, section 5 (published).
+    """
+    settings = settings or Settings()
+    coords = coordinates(weights.maps, run.attention, pairs)
+    chosen = _chosen(coords, settings)
+    if settings.weighting == "norm":
+        values = _output_norms(weights, run, pairs)
+    else:
+        values = _values(run, pairs, readers(weights, pairs, coords, chosen, settings.weighting))
+        if settings.bias_per_head:
+            values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
+    values = values * _counted(weights, pairs, settings.weighting)[:, None]
+    return _summed(values, coords, chosen)
+
+
+def _summed(
+    values: Float[Tensor, "pair side component"],
+    coords: Coordinates,
+    chosen: Bool[Tensor, "pair r"],
+) -> Contributions:
+    every = torch.ones_like(values[..., 0], dtype=torch.bool)
+    return Contributions(values, (coords.slices * chosen).sum(-1), chosen, every)
+
+
+def contrast(
+    weights: Weights, run: Run, pairs: Pairs, other: Pairs, settings: Settings | None = None
+) -> Contributions:
+    """Why a destination prefers its source to another one: contributions to a_ij − a_ij'.
+
+    `other` has the same heads, prompts and destinations, and sources j'. Softmax sees only such
+    differences: what raises the scores of both sources alike drops out. Destination side:
+    x_c(i)/s_i against the difference of the sources' coordinates; source side: x_c(j)/s_j minus
+    x_c(j')/s_j'. Both sum to Σ_{k∈S} of the difference, whose support S is. The source side
+    belongs to two tokens, so a trace does not follow it.
+    """
+    ours, theirs = (coordinates(weights.maps, run.attention, x) for x in (pairs, other))
+    difference = Coordinates(ours.dest, ours.src - theirs.src)
+    chosen = _chosen(difference, settings or Settings())
+    values = _values(run, pairs, readers(weights, pairs, difference, chosen))
+    aside = _values(run, other, readers(weights, other, ours, chosen))
+    values[:, 1] -= aside[:, 1]
+    values = values * _counted(weights, pairs, "exact")[:, None]
+    found = _summed(values, difference, chosen)
+    found.sides[:, 1] = False
+    return found
+
+
+def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
+    if settings.fraction is None:
+        return torch.ones_like(coords.dest, dtype=torch.bool)
+    return support(coords.slices, settings.fraction)
+
+
+def readers(
+    weights: Weights,
+    pairs: Pairs,
+    coords: Coordinates,
+    chosen: Bool[Tensor, "pair r"],
+    weighting: str = "exact",
+) -> Float[Tensor, "pair side d1"]:
+    """The vector w of each side whose product with x̃ is what the support of a firing hears.
+
+    A coefficient for every slice, turned into query (key) space, rotated back to the axes of the
+    token if positions are rotary, and through the query (key) weights into the residual stream.
+    """
+    # on a slice of a support the signs of the two sides agree
+    root, sides = weights.forms.scale[pairs.layer, None].sqrt(), []
+    for heard, maps, factor, token in (
+        (coords.src, weights.maps.dest, weights.forms.A, pairs.dest),
+        (coords.dest, weights.maps.src, weights.forms.B, pairs.src),
+    ):
+        coefficient = chosen * (heard.sign() * root if weighting == "published" else heard)
+        y = by_head(coefficient, maps.mT, pairs)
+        if weights.model.rotary:
+            y = unrotate(y, *rotation(weights.model, token))
+        sides.append(by_head(y, factor.mT, pairs))
+    return torch.stack(sides, dim=1)
+
+
+def receiving(pairs: Pairs) -> Int[Tensor, "pair side"]:
+    """The token at which either side receives: destination, then source."""
+    return torch.stack([pairs.dest, pairs.src], dim=1)
+
+
+def _scale(run: Run, pairs: Pairs) -> Float[Tensor, "pair side"]:
+    return run.scale[pairs.layer[:, None], pairs.prompt[:, None], receiving(pairs)].double()
+
+
+def _values(
+    run: Run, pairs: Pairs, read: Float[Tensor, "pair side d1"]
+) -> Float[Tensor, "pair side component"]:
+    """x_c(t)·w / s_t of every component of the residual stream, and last w's entry for the bias."""
+    length, components = run.outputs.shape[1:3]
+    w = read[..., :-1].flatten(0, 1).to(run.outputs.dtype)
+    place = (pairs.prompt[:, None] * length + receiving(pairs)).flatten()
+    values = grouped_matmul(w, run.outputs.flatten(0, 1).mT, place)
+    values = values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
+    return torch.cat([values, read[..., -1:]], dim=-1)
+
+
+def _output_norms(weights: Weights, run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:
+    outputs = run.outputs
+    if not weights.model.bridge.ln_final.uses_rms_norm:
+        outputs = outputs - outputs.mean(-1, keepdim=True)
+    norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
+    return norms[pairs.prompt[:, None], receiving(pairs)]
+
+
+def _counted(weights: Weights, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair component"]:
+    """Which components are upstream of each pair's head, and counted by the weighting."""
+    table = weights.components
+    layer = torch.tensor(table["layer"].tolist(), device=pairs.layer.device)
+    upstream = layer < pairs.layer[:, None]
+    if weighting == "exact":
+        return upstream
+    return upstream & torch.tensor((table["kind"] == "head").tolist(), device=layer.device)
+
+
+def by_source(
+    weights: Weights, run: Run, pairs: Pairs, settings: Settings | None = None
+) -> Float[Tensor, "pair side layer head source"]:
+    """Contributions of heads, split by the source token whose value they moved (exact).
+
+    A_tj (v_j W_O)·w / s_t for every head and j ≤ t: over j it sums to the head's contribution.
+    """
+    coords = coordinates(weights.maps, run.attention, pairs)
+    chosen = _chosen(coords, settings or Settings())
+    read = readers(weights, pairs, coords, chosen) / _scale(run, pairs)[..., None]
+    W_O = writers(weights.model).W_O.double()
+    heard = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
+    v = run.v[:, pairs.prompt].double()
+    pattern = run.attention.pattern
+    # two indices apart: the firing and its side come first
+    weight = pattern[:, pairs.prompt[:, None], :, receiving(pairs)].double()
+    each = torch.einsum("nslhr,lnhjr->nslhj", heard, v) * weight
+    layer = torch.arange(len(W_O), device=pairs.layer.device)
+    return each * (layer < pairs.layer[:, None])[:, None, :, None, None]

@@ -1,0 +1,186 @@
+"""Chapter 4: the firings that a trace starts from, given or found by what they write."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.core.model import Model
+from sparse_signals.core.prompts import Batch, PromptError
+from sparse_signals.core.run import Run, chunk_rows, component_table, run_model
+from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
+from sparse_signals.tracing.contributions import Contributions, Settings, Weights, contrast
+
+
+class TraceError(ValueError):
+    """A trace that cannot start, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """Firings that a trace starts from: a head, its destination and its source (None: any).
+
+    Places are roles ("end", "IO", "S2-1", …) or positions. "end" is the last token, named or not.
+    With `against`, another source, these firings are opened by the difference of the two scores,
+    where it is positive.
+    """
+
+    layer: int
+    head: int
+    dest: str | int = "end"
+    src: str | int | None = None
+    against: str | int | None = None
+
+    def __str__(self) -> str:
+        places = [place for place in (self.dest, self.src, self.against) if place is not None]
+        return ":".join([f"{self.layer}.{self.head}", *map(str, places)])
+
+
+def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
+    """The position of a role, of a neighbour of one, or a fixed position, in every prompt."""
+    prompts, length = batch.tokens.shape
+    if isinstance(where, int):
+        if where >= length:
+            raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
+        return torch.full((prompts,), where)
+    roles = batch.roles | {"end": batch.mask.sum(1) - 1}
+    role, step = (where, 0) if where in roles else _neighbour(where)
+    if role not in roles:
+        known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
+        raise PromptError(f"no role {where!r} in these prompts: they have {known}")
+    return (roles[role] + step).clamp(0, length - 1)
+
+
+def _neighbour(where: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(.+)([+-]\d+)", where)
+    return (found[1], int(found[2])) if found else (where, 0)
+
+
+def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
+    """Which firings a root names."""
+    device = pairs.layer.device
+    match = (pairs.layer == root.layer) & (pairs.head == root.head)
+    match &= pairs.dest == place(batch, root.dest).to(device)[pairs.prompt]
+    if root.src is not None:
+        match &= pairs.src == place(batch, root.src).to(device)[pairs.prompt]
+    return match
+
+
+def pairs_named(run: Run, batch: Batch, root: Root) -> Pairs:
+    """The pair that a root with a source names, in every prompt, whether it fires or not."""
+    number = torch.arange(len(batch.tokens))
+    layer, head = (torch.full_like(number, x) for x in (root.layer, root.head))
+    places = (layer, number, head, place(batch, root.dest), place(batch, root.src))
+    return pairs_at(run.attention, *(x.to(run.tokens.device) for x in places))
+
+
+def starts(run: Run, batch: Batch, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
+    """How many of the roots each firing starts a trace for."""
+    count = torch.zeros_like(pairs.layer)
+    for root in roots:
+        match = matches(batch, pairs, root)
+        if root.against is not None:
+            other = _other_source(run, batch, pairs, root)
+            match &= (other.src <= pairs.dest) & (pairs.score > other.score)
+        count += match
+    return count
+
+
+def open_contrasts(
+    weights: Weights,
+    run: Run,
+    batch: Batch,
+    pairs: Pairs,
+    parts: Contributions,
+    roots: Sequence[Root],
+    settings: Settings,
+) -> Contributions:
+    """The contributions, with the firings of roots that have an `against` opened by contrast."""
+    opened = Contributions(*(value.clone() for value in vars(parts).values()))
+    for root in roots:
+        if root.against is None:
+            continue
+        rows = matches(batch, pairs, root).nonzero().flatten()
+        ours = pairs[rows]
+        found = contrast(weights, run, ours, _other_source(run, batch, ours, root), settings)
+        for name, value in vars(opened).items():
+            value[rows] = getattr(found, name)
+    return opened
+
+
+def _other_source(run: Run, batch: Batch, pairs: Pairs, root: Root) -> Pairs:
+    src = place(batch, root.against).to(pairs.src.device)[pairs.prompt]
+    return pairs_at(run.attention, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
+
+
+def check_roots(model: Model, roots: Sequence[Root], settings: Settings) -> None:
+    """Raise TraceError for no root, one that is no head of the model, and a useless contrast."""
+    if not roots:
+        raise TraceError("a trace needs at least one root")
+    for root in roots:
+        if root.against is not None and settings.weighting != "exact":
+            raise TraceError(f"root {root} is a contrast, which only the exact weighting can open")
+        if root.against is not None and root.against == root.src:
+            raise TraceError(f"root {root} compares a source with itself")
+    for root in roots:
+        if not (0 <= root.layer < model.n_layers and 0 <= root.head < model.n_heads):
+            raise TraceError(
+                f"root {root} is no head of {model.name}, which has {model.n_layers} layers "
+                f"of {model.n_heads} heads, counted from 0.0"
+            )
+
+
+def logit_attribution(
+    model: Model, run: Run, batch: Batch
+) -> tuple[Float[Tensor, "prompt component"], Float[Tensor, "prompt"]]:
+    """What every component writes itself into logit(IO) − logit(S) at the last token.
+
+    x_c·w / s with w the difference of two unembedding columns times the final gain (centred for
+    LayerNorm) and s the scale of the final normalisation. The last column is the share of biases,
+    so that rows sum to the logit difference, which is returned too. Source: Wang et al. 2023.
+    Raises PromptError where the prompts have no names.
+    """
+    if batch.io is None or batch.s is None:
+        raise PromptError("direct logit attribution needs prompts with two names, IO and S")
+    norm, unembed = model.bridge.ln_final, model.bridge.unembed
+    io, s = batch.io.to(model.device), batch.s.to(model.device)
+    columns = unembed.W_U[:, io] - unembed.W_U[:, s]
+    w = (norm.w[:, None] * columns).T
+    constant = unembed.b_U[io] - unembed.b_U[s]
+    if not norm.uses_rms_norm:
+        w = w - w.mean(-1, keepdim=True)
+        constant = constant + norm.b @ columns
+    last = run.attention.mask.sum(1) - 1
+    at_end = run.outputs[torch.arange(len(last), device=last.device), last]
+    x = at_end.sum(1)
+    x = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1) + model.bridge.cfg.eps).sqrt()
+    shares = torch.einsum("pcd,pd->pc", at_end, w) / scale[:, None]
+    shares = torch.cat([shares, constant[:, None]], dim=1)
+    return shares, shares.sum(1)
+
+
+def strongest_roots(
+    model: Model, batch: Batch, n: int = 3, settings: Settings | None = None
+) -> list[Root]:
+    """The n heads that write most of logit(IO) − logit(S) themselves, of those that fire from end.
+
+    Raises PromptError where the prompts have no names, TraceError where no head fires from end.
+    """
+    settings, shares, firing = settings or Settings(), 0.0, set()
+    for rows in chunk_rows(model, batch):
+        part = batch.rows(rows)
+        run = run_model(model, part.tokens, part.mask)
+        shares = shares + logit_attribution(model, run, part)[0].sum(0)
+        pairs = find_firings(run.attention, settings.level, settings.context)
+        at_end = pairs[pairs.dest == place(part, "end").to(pairs.dest.device)[pairs.prompt]]
+        firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
+    if not firing:
+        raise TraceError("no head fires from the last token of any prompt: lower the level")
+    is_head = (component_table(model)["kind"] == "head").tolist()
+    per_head = shares[torch.tensor(is_head)].view(model.n_layers, model.n_heads)
+    best = sorted(firing, key=lambda head: -float(per_head[head]))
+    return [Root(*head) for head in best[:n]]

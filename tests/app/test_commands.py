@@ -1,0 +1,499 @@
+"""The command line: what it writes, how it goes on, one line for all that can go wrong."""
+
+import json
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from random_models import ROTARY, SIZES, save_random_model
+from sparse_signals.app import commands
+from sparse_signals.app.cli import (
+    EXAMPLES,
+    SIGNALS,
+    SIGNALS_EXAMPLES,
+    TRACE_EXAMPLES,
+    main,
+    make_parser,
+)
+from sparse_signals.app.commands import edge_table, firing_table
+from sparse_signals.core import run as core_run
+from sparse_signals.core.checkpoints import NAMES
+from sparse_signals.core.model import load_model
+from sparse_signals.core.prompts import encode, ioi_prompts, with_names
+from sparse_signals.core.run import read_attention
+from sparse_signals.heads.svd import head_svd, qk_forms
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.signals.slices import coordinates, sparsity, support
+from sparse_signals.tracing import trace as tracing
+from sparse_signals.tracing.circuit import FORMATS, Circuit, pool, read_circuit
+from sparse_signals.tracing.contributions import Settings
+from sparse_signals.tracing.roots import Root, strongest_roots
+from sparse_signals.tracing.trace import trace, trace_run
+
+SHIPPED = files("sparse_signals") / "assets" / "gpt2-ioi"
+BOOK = Path(__file__).parents[2] / "book"
+WORDS = 304  # that the shipped tokenizer knows
+NAMED = "Then, Tom and Kate left the park and Tom gave a ring to"
+NAMELESS = "Then, the bus left and it was late"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def said(capsys, out):
+    """Run a command line with --out, and return exit code, output and errors."""
+
+    def run(line, *more):
+        folder = [] if "--out" in line or not line else ["--out", str(out)]
+        code = main([*shlex.split(line), *map(str, more), *folder])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(said, out):
+    """Run a command line that must fail with one clear line and write nothing."""
+
+    def run(line, *more):
+        code, output, error = said(line, *more)
+        assert code == 2 and output == ""
+        error = re.sub(r"^\r.*\r", "", error).splitlines()[-1]
+        assert error.startswith("sparse-signals: ") and "Traceback" not in error
+        assert not [path for path in out.rglob("*") if path.is_file()]
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ioi():
+    model = load_model("gpt2-ioi")
+    table = ioi_prompts(8, 3, tokenizer=model.tokenizer)
+    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    return model, batch
+
+
+@pytest.fixture(scope="module")
+def rotary(tmp_path_factory):
+    """A random Llama with the words of the shipped model."""
+    directory = tmp_path_factory.mktemp("rotary") / "tiny"
+    save_random_model(directory, "llama", **{**ROTARY, "vocab_size": WORDS})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHIPPED / name, directory)
+    return directory
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    """Circuits without their page, which takes a while to draw."""
+    monkeypatch.setattr("sparse_signals.app.page.write_page", lambda path, *_, **__: path)
+
+
+def lists(column):
+    return column.map(list).tolist()
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+def test_help_comes_at_once_and_says_what_there_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "sparse_signals", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert "examples:" in text and "Exit codes" in text
+    assert main([]) == 0 and capsys.readouterr().out == text
+    with pytest.raises(SystemExit) as stopped:
+        main(["trace", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in NAMES)
+
+
+def test_nothing_heavy_is_imported_before_the_arguments_are_read():
+    code = "import sys, sparse_signals.__main__; print({'torch', 'pandas'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def examples():
+    """What the help and the page in the book tell people to type."""
+    text = "\n".join((EXAMPLES, SIGNALS_EXAMPLES, TRACE_EXAMPLES))
+    page = (BOOK / "command-line.md").read_text(encoding="utf-8")
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+    found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)
+    return sorted(set(found))
+
+
+def test_examples_are_understood():
+    assert len(examples()) >= 10
+    for example in examples():
+        assert make_parser().parse_args(shlex.split(example)).command in ("signals", "trace")
+
+
+@pytest.mark.parametrize(
+    "example", [x for x in examples() if not re.search("--(model|prompts)", x)]
+)
+def test_examples_on_the_shipped_model_run(example, said, no_page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(example)[0] == 0
+
+
+def test_documented_columns_are_those_of_the_files(said, out, no_page):
+    assert said("signals --ioi 2 --quiet")[0] == said("trace --ioi 2 --quiet")[0] == 0
+    columns = list(pd.read_parquet(out / "firings.parquet").columns)
+    assert ", ".join(columns) in " ".join(SIGNALS.split()).replace(" (singular pairs, from 0)", "")
+    page = (BOOK / "command-line.md").read_text(encoding="utf-8")
+    for name in ("firings", "edges", "circuit"):
+        section = page.split(f"## {name}.parquet")[1].split("\n## ")[0]
+        documented = [cell for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+                      for cell in re.findall(r"`(.*?)`", row)]  # fmt: skip
+        assert documented == list(pd.read_parquet(out / f"{name}.parquet").columns)
+
+
+def test_the_console_script_is_main():
+    scripts = [x for x in entry_points(group="console_scripts") if x.name == "sparse-signals"]
+    if not scripts:
+        pytest.skip("installed before the script was there: pip install -e . again")
+    assert scripts[0].load() is main
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def test_signals_are_those_of_the_library(said, out, ioi):
+    model, batch = ioi
+    code, output, error = said("signals --ioi 8 --seed 3 --level 0.4 --fraction 0.9")
+    table = pd.read_parquet(out / "firings.parquet")
+    attention = read_attention(model, batch.tokens, batch.mask)
+    pairs = find_firings(attention, 0.4)
+    slices = coordinates(head_svd(qk_forms(model)), attention, pairs).slices
+    expected = pairs.table()[list(table.columns[:7])]
+    pd.testing.assert_frame_equal(table[expected.columns], expected)
+    measures = sparsity(slices, 0.9).rename(columns={"support": "size"})
+    pd.testing.assert_frame_equal(table[measures.columns], measures)
+    chosen = support(slices, 0.9)
+    assert lists(table["support"]) == [row.nonzero().flatten().tolist() for row in chosen]
+    assert table["error"].max() < 1e-12
+    assert code == 0 and f"8 prompts: {len(table):,} firings" in output
+    assert f"worst error of the sums: {table['error'].max():.1e}" in output
+    assert str(out / "firings.parquet") in output and "100%" in error
+    assert [path.name for path in out.iterdir()] == ["firings.parquet"]
+
+
+def test_signals_need_no_names_and_quiet_says_nothing(said, out, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text(f"{NAMELESS}\n\n{NAMED}\n", encoding="utf-8")
+    assert said(f"signals --prompts {path} --quiet") == (0, "", "")
+    one = pd.read_parquet(out / "firings.parquet")
+    assert said("signals --quiet --prompt", NAMELESS, "--prompt", NAMED) == (0, "", "")
+    pd.testing.assert_frame_equal(one, pd.read_parquet(out / "firings.parquet"))
+    assert set(one["prompt"]) == {0, 1}
+
+
+def test_float64_and_context_reach_the_model(said, out):
+    said("signals --ioi 4 --quiet")
+    single = pd.read_parquet(out / "firings.parquet")
+    said("signals --ioi 4 --quiet --dtype float64")
+    double = pd.read_parquet(out / "firings.parquet")
+    assert 0 < (single["score"] - double["score"]).abs().max() < 1e-3
+    said("signals --ioi 4 --quiet --context --level 2.5")
+    assert (pd.read_parquet(out / "firings.parquet").eval("attention * (dest + 1)") >= 2.5).all()
+
+
+def test_prompts_on_which_nothing_fires_give_an_empty_table(said, out):
+    code, output, _ = said("signals --ioi 2 --context --level 1000")
+    assert code == 0 and "0 firings" in output
+    assert len(pd.read_parquet(out / "firings.parquet")) == 0
+
+
+def test_signals_that_were_cut_off_go_on(said, out, monkeypatch):
+    assert said("signals --ioi 5")[0] == 0
+    whole = (out / "firings.parquet").read_bytes()
+    shutil.rmtree(out)
+    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)  # a prompt at a time
+    calls, real = [], firing_table
+
+    def failing(maps, attention, settings, first):
+        calls.append(first)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(maps, attention, settings, first)
+
+    monkeypatch.setattr(commands, "firing_table", failing)
+    code, output, error = said("signals --ioi 5")
+    assert code == 130 and output == "" and error.endswith("goes on where it stopped\n")
+    assert [path.name for path in out.iterdir()] == [".partial"]
+    assert said("signals --ioi 5")[0] == 0
+    assert calls == [0, 1, 1, 2, 3, 4]
+    resumed = pd.read_parquet(out / "firings.parquet")
+    assert [path.name for path in out.iterdir()] == ["firings.parquet"]
+    (out / "whole.parquet").write_bytes(whole)
+    same_firings(resumed, pd.read_parquet(out / "whole.parquet"))
+
+
+def same_firings(one, other):
+    """Equal up to the order, which puts layers before prompts within a chunk."""
+    places = ["prompt", "layer", "head", "dest", "src"]
+    one, other = (t.sort_values(places, ignore_index=True) for t in (one, other))
+    assert lists(one["support"]) == lists(other["support"])
+    columns = one.columns.drop(["support", "error"])
+    pd.testing.assert_frame_equal(one[columns], other[columns], rtol=1e-4)
+
+
+# --- trace ---------------------------------------------------------------------------------------
+
+
+def test_trace_writes_all_files_and_they_agree(said, out, ioi):
+    model, batch = ioi
+    code, output, _ = said("trace --ioi 8 --seed 3 --top 2 --share 0.6")
+    assert code == 0
+    files = ["circuit.graphml", "circuit.html", "circuit.json", "circuit.parquet", "edges.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    settings = Settings(share=0.6)
+    roots = strongest_roots(model, batch, 2, settings)
+    traced = trace(model, batch, roots, settings)
+    facts = {
+        "model": "gpt2-ioi",
+        "prompts": "8 on IOI, seed 3",
+        "roots": ", ".join(map(str, roots)),
+        "settings": "level 0.5, fraction 1.0, share 0.6, weighting exact, dtype float32",
+    }
+    expected = Circuit(pool(traced.edges, batch), facts)
+    for suffix in FORMATS:
+        circuit = read_circuit(out / f"circuit{suffix}")
+        assert circuit.facts.items() >= facts.items() and circuit.facts["version"]
+        pd.testing.assert_frame_equal(circuit.edges, expected.edges, check_dtype=False)
+    page = (out / "circuit.html").read_text(encoding="utf-8")
+    assert facts["settings"] in page and "gpt2-ioi" in page
+    first = expected.edges.iloc[0]
+    assert f"{len(traced.edges):,} edges" in output and "worst error of the sums" in output
+    assert re.search(rf"strongest edges:\n.*\n +{first.upstream} .* {first.downstream} ", output)
+    assert len(output.split("strongest edges:\n")[1].splitlines()) == 11
+
+
+def test_edges_know_roles_and_support(said, out, ioi, no_page):
+    model, batch = ioi
+    assert said("trace --ioi 8 --seed 3 --firing 1.4:end:IO")[0] == 0
+    edges = pd.read_parquet(out / "edges.parquet")
+    traced = trace(model, batch, [Root(1, 4, "end", "IO")])
+    assert len(edges) == len(traced.edges)
+    expected = traced.firings.set_index("firing")["vectors"].loc[edges["firing"]]
+    assert lists(edges["vectors"]) == lists(expected)
+    roots = edges[(edges["layer"] == 1) & (edges["head"] == 4) & (edges["dest_roles"] == "end")]
+    assert len(roots) and roots["src_roles"].str.split(", ").map(lambda x: "IO" in x).all()
+    token = edges["dest_roles"].where(edges["side"] == "dest", edges["src_roles"])
+    assert (edges["token_roles"] == token).all() and edges["dest_roles"].notna().all()
+
+
+def test_a_token_may_have_several_roles(ioi):
+    model, _ = ioi
+    table = with_names(pd.DataFrame({"text": [NAMED]}))
+    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    traced = trace(model, batch, [Root(0, 0)], Settings(level=0.05))
+    after = traced.edges.assign(src=int(batch.roles["S1"]) + 1)
+    edges = edge_table(replace(traced, edges=after), batch)
+    assert set(edges["src_roles"].str.split(", ").iloc[0]) == {"S1+1", "IO-1"}
+
+
+@pytest.mark.parametrize("options", ["", "--weighting published"])
+def test_trace_of_a_rotary_model_without_names(said, out, rotary, options, no_page):
+    line = f"trace --model {rotary} --level 0.1 --top 1 {options} --prompt"
+    assert said(line, NAMED)[0] == 0
+    named = read_circuit(out / "circuit.json")
+    root = named.facts["roots"].split(":")[0]
+    line = f"trace --model {rotary} --level 0.1 --root {root} {options} --prompt"
+    code, output, error = said(line, NAMED, "--prompt", NAMED.replace("Tom", "Kate"))
+    assert code == 0 and f"{root}:end" in output
+    assert "no roles but end and other: needs one name twice" in error
+    edges = pd.read_parquet(out / "edges.parquet")
+    assert {*edges["dest_roles"], *edges["src_roles"]} <= {"end", "other"}
+    assert read_circuit(out / "circuit.json").facts["prompts"] == "2 given"
+
+
+def test_a_trace_that_was_cut_off_goes_on(said, out, monkeypatch, no_page):
+    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
+    assert said("trace --ioi 4 --root 1.4")[0] == 0
+    whole = pd.read_parquet(out / "edges.parquet"), read_circuit(out / "circuit.parquet").edges
+    shutil.rmtree(out)
+    calls, real = [], trace_run
+
+    def failing(*arguments, first_prompt):
+        calls.append(first_prompt)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        return real(*arguments, first_prompt=first_prompt)
+
+    monkeypatch.setattr(tracing, "trace_run", failing)
+    code, _, error = said("trace --ioi 4 --root 1.4")
+    assert code == 2 and error.endswith("sparse-signals: No space left on device\n")
+    said("signals --ioi 2")  # in the same folder, leaves the finished chunks of the trace alone
+    assert said("trace --ioi 4 --root 1.4")[0] == 0
+    assert calls == [0, 1, 2, 2, 3] and not (out / ".partial").exists()
+    pd.testing.assert_frame_equal(read_circuit(out / "circuit.parquet").edges, whole[1])
+    edges = pd.read_parquet(out / "edges.parquet")
+    assert lists(edges.pop("vectors")) == lists(whole[0].pop("vectors"))
+    pd.testing.assert_frame_equal(edges, whole[0])
+
+
+def test_swapped_names_are_another_run(said, out, tmp_path, monkeypatch, no_page):
+    """Same tokens, other roles: finished chunks of the one are not those of the other."""
+    sheet, calls, real = tmp_path / "a.csv", [], trace_run
+
+    def counting(*arguments, first_prompt):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, first_prompt=first_prompt)
+
+    monkeypatch.setattr(tracing, "trace_run", counting)
+    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
+    for io, s in (("Kate", "Tom"), ("Tom", "Kate")):
+        text = NAMED + " Kate and Tom"
+        rows = [{"text": text, "io": io, "s": s}] * 2
+        pd.DataFrame(rows).to_csv(sheet, index=False)
+        said(f"trace --prompts {sheet} --firing 0.0:IO --level 0.01")
+    assert len(calls) == 4
+
+
+# --- everything that can go wrong ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("bogus", "invalid choice: 'bogus'"),
+        ("signals --bogus", "unrecognized arguments: --bogus"),
+        ("signals --root 1.4", "unrecognized arguments: --root"),
+        ("signals --ioi 3 --prompt Then", "--prompt: not allowed with argument --ioi"),
+        ("signals --ioi none", "'none' is not a whole number from 1"),
+        ("signals --ioi 0", "'0' is not a whole number from 1"),
+        ("signals --seed x", "--seed: invalid int value: 'x'"),
+        ("trace --root 9", "'9' is no head: write layer.head, as in 9.6"),
+        ("trace --root=-1.4", "'-1.4' is no head"),
+        ("trace --firing 1.4", "'1.4' is no firing: write layer.head:destination"),
+        ("trace --firing 1.4:end:", "'1.4:end:' is no firing"),
+        ("trace --firing 1.4:end:IO:S1:S2", "'1.4:end:IO:S1:S2' is no firing"),
+        ("signals --fraction every", "'every' is not a number"),
+        ("trace --firing x:end", "'x' is no head"),
+        ("trace --top 2 --root 1.4", "--top chooses the roots: leave it out"),
+        ("trace --level x", "--level: 'x' is not a number"),
+        ("trace --level nan", "'nan' is not a number"),
+        ("signals --level 1.5", "--level must be above 0 and at most 1"),
+        ("signals --level 0 --context", "--level must be above 0"),
+        ("signals --fraction -0.5", "--fraction must be above 0 and at most 1"),
+        ("trace --share 2", "--share must be above 0 and at most 1"),
+        ("trace --weighting other", "invalid choice: 'other' (choose from"),
+        ("signals --dtype float16", "invalid choice: 'float16'"),
+        ("signals --model nope", "no model called 'nope': use gpt2-ioi"),
+        ("signals --prompts missing.txt", "no such file: missing.txt"),
+        ("signals --prompts data.json", "prompts come from a .txt or .csv file, not data.json"),
+        ("signals --prompt ''", "an empty prompt"),
+        ("signals --prompt 'Then, Zebulon came'", "not in the vocabulary: Zebulon (the model kno"),
+        ("trace --root 7.2", "root 7.2:end is no head of gpt2-ioi, which has 4 layers of 6"),
+        ("trace --firing 1.4:2:2", "never fires on these prompts (attention of at least 0.5): 1."),
+        ("trace --firing 1.4:IX", "no role 'IX' in these prompts: they have IO, S1, S2"),
+        ("trace --root 0.0 --weighting published", "choose roots of a later layer"),
+        ("trace --context --level 1000", "no head fires from the last token"),
+    ],
+)
+def test_bad_usage_and_input(refused, line, message):
+    assert message in refused(line)
+
+
+@pytest.mark.parametrize("option", ["", "--firing 1.4:end:IO", "--firing 1.4:S2"])
+def test_names_are_asked_for_where_they_are_needed(refused, option):
+    message = refused(f"trace {option} --prompt", NAMELESS)
+    assert "needs one name twice and another once: 'Then, the bus" in message
+    assert message.endswith("say where to start: --root L.H")
+
+
+def test_names_of_several_tokens(refused, tmp_path):
+    path = tmp_path / "a.csv"
+    pd.DataFrame([{"text": NAMED, "io": "Kate left", "s": "Tom"}]).to_csv(path, index=False)
+    message = refused(f"trace --prompts {path}")
+    assert "not a single token with a space before it: Kate left" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt holds no prompts"),
+        ("a.csv", b"prompt\nThen\n", "needs a column 'text'"),
+        ("a.csv", b"text\nThen, the bus\n", "a text with commas needs quotes around it: 'Then'"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is not a .txt file in UTF-8"),
+        ("a.txt", b"Then, the bus" + 60 * b" late", "65 tokens, the limit is 48"),
+    ],
+)
+def test_bad_files_of_prompts(refused, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert message in refused(f"signals --prompts {path}")
+
+
+def test_a_folder_is_no_file_of_prompts(refused, tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    assert "no such file" in refused(f"signals --prompts {tmp_path / 'a.txt'}")
+
+
+def test_a_model_that_needs_the_network(refused, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = refused("trace --model gpt2-small")
+    assert "gpt2-small is not in the Hugging Face cache" in message and "hf download" in message
+
+
+def test_models_that_cannot_be_used(refused, tiny_directories, tmp_path):
+    assert "has no config.json" in refused(f"signals --model {tmp_path}")
+    tiny = tiny_directories["gpt2"]
+    message = refused(f"signals --model {tiny} --prompt Then")
+    assert "tiny-gpt2 has no tokenizer: put its tokenizer.json beside the model" in message
+    damaged = Path(shutil.copytree(tiny, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    assert "cannot read the weights in" in refused(f"signals --model {damaged}")
+
+
+def test_a_tokenizer_of_another_model(refused, tmp_path):
+    directory = save_random_model(tmp_path / "other", "gpt2", **SIZES)
+    shutil.copy(SHIPPED / "tokenizer.json", directory)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({**json.loads((SHIPPED / "tokenizer_config.json").read_text())})
+    )
+    message = refused(f"signals --model {directory} --prompt", "Then, the bus left")
+    assert "the tokenizer of other does not fit" in message and "the model has 50" in message
+
+
+def test_folders_that_cannot_be_written_to(said, tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    for out in (path, path / "below"):
+        code, _, error = said(f"signals --ioi 2 --out {out}")
+        assert code == 2
+        assert re.search(rf"cannot write to {out} \((it is a file|not a directory)\)", error)
+        assert error.endswith("name a folder with --out\n")
+
+
+def test_prompts_may_be_as_long_as_the_model_allows(said, out):
+    model = load_model("gpt2-ioi")
+    text = "Then" + (model.n_ctx - 2) * " late"
+    assert said("signals --quiet --prompt", text) == (0, "", "")
+    assert torch.tensor(pd.read_parquet(out / "firings.parquet")["dest"]).max() < model.n_ctx

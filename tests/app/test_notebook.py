@@ -1,0 +1,117 @@
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sparse_signals.app import notebook
+from sparse_signals.app.notebook import check, glue, published, setup, show
+from sparse_signals.core.numbers import fmt
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (12345678, "12,345,678"),
+        (np.int64(4), "4"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (-3e-17, "0"),
+        (0.12345, "0.123"),
+        (-0.04999, "-0.0500"),
+        (0.9999, "1.00"),
+        (np.float64(99.96), "100"),
+        (1234.5, "1,230"),
+        (1234567.8, "1,230,000"),
+        (0.00012345, "0.000123"),
+        (1.2345e-6, "1.23e-06"),
+        (float("nan"), "–"),
+        (float("-inf"), "-∞"),
+        (True, "True"),
+        ("9.9", "9.9"),
+    ],
+)
+def test_fmt_gives_three_digits_and_no_negative_zero(value, text):
+    assert fmt(value) == text
+
+
+def test_fmt_takes_other_numbers_of_digits():
+    assert fmt(3.14159, 5) == "3.1416"
+
+
+def test_show_rounds_escapes_and_keeps_named_indices():
+    table = pd.DataFrame({"head": ["<9.9>"], "share": [0.123456]}).set_index("head")
+    shown = show(table, caption="a < b")
+    page = shown._repr_html_()
+    assert "&lt;9.9&gt;" in page and '<td class="number">0.123</td>' in page
+    assert "<caption>a &lt; b</caption>" in page and 'scope="col">head<' in page
+    assert repr(shown).splitlines() == ["a < b", " head share", "<9.9> 0.123"]
+
+
+def test_show_hides_row_numbers():
+    assert repr(show(pd.DataFrame({"a": [1, 2]}))).split() == ["a", "1", "2"]
+
+
+def test_glue_keeps_the_rounded_text(monkeypatch):
+    kept = {}
+    monkeypatch.setattr("myst_nb.glue", lambda name, value, display: kept.update({name: value}))
+    glue("ratio", 0.123456)
+    glue("head", "9.9")
+    assert kept == {"ratio": "0.123", "head": "9.9"}
+
+
+def test_check_tells_right_from_wrong(capsys):
+    check(torch.tensor(True), "yes", "no")
+    check(1 == 2, "yes", "no")
+    assert capsys.readouterr().out == "Right: yes\nNot yet: no\n"
+
+
+def test_published_facts_name_their_source():
+    assert "arXiv 2410.00340" in published()["about"]
+
+
+@pytest.fixture
+def stub_models(monkeypatch):
+    """A models module that loads nothing and tells what it was asked for."""
+    calls = []
+    load = lambda *args, **kwargs: calls.append((args, kwargs)) or "model"  # noqa: E731
+    monkeypatch.setitem(sys.modules, "sparse_signals.core.model", SimpleNamespace(load_model=load))
+    for name in ("MODEL", "HF_HUB_OFFLINE", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "")
+    yield calls
+    torch.use_deterministic_algorithms(False)
+    torch.set_grad_enabled(True)
+
+
+def test_setup_loads_the_shipped_model_in_float64_offline(stub_models):
+    assert setup("01-attention-math") == "model"
+    assert stub_models == [(("gpt2-ioi",), {"dtype": torch.float64})]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_setup_takes_the_model_of_the_edition(stub_models, monkeypatch):
+    monkeypatch.setenv("MODEL", "gpt2-small")
+    setup("01-attention-math")
+    assert stub_models[0][0] == ("gpt2-small",)
+    assert os.environ["HF_HUB_OFFLINE"] == ""  # it may come from the hub
+
+
+def test_setup_gives_each_chapter_its_own_random_numbers(stub_models):
+    draws = []
+    for chapter in ("01-attention-math", "01-attention-math", "02-head-svd"):
+        setup(chapter)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_edition_names_model_device_and_versions(monkeypatch):
+    monkeypatch.setenv("MODEL", "/somewhere/my-model/")
+    edition = notebook.edition()
+    assert edition["model"] == "my-model"
+    assert edition["device"] in ("CPU", "GPU")
+    assert edition["torch"] == torch.__version__.split("+")[0]

@@ -1,0 +1,239 @@
+"""The page of a circuit, opened from a file in a real browser."""
+
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+import example_circuits as made_up
+from sparse_signals.app.page import write_page
+
+PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 900}
+FACTS = {"model": "gpt2-ioi", "prompts": "256 (seed 0)"}
+HOSTILE = "</script><script>alert('a')</script><!-- & \"q\""
+PINNED = "name => new URLSearchParams(location.hash.slice(1)).getAll('pin').includes(name)"
+BOXES = "svg.marks .nodes_marks path"
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory):
+    """A page with 600 edges."""
+    path = tmp_path_factory.mktemp("page") / "circuit.html"
+    return write_page(path, made_up.pooled_edges(600), title="Circuit", facts=FACTS).as_uri()
+
+
+class Visit:
+    """A circuit's page that was opened and drawn, and what went wrong on the way."""
+
+    def __init__(self, browser, address, viewport=DESKTOP, scheme="light"):
+        self.context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.problems, self.requests = [], []
+        self.page.on("console", lambda message: self.problems.append(message.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.problems.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(address)
+        self.page.wait_for_selector("svg.marks")
+        self.page.wait_for_function("document.getElementById('count').textContent")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+    def edges(self):
+        return self.page.locator("svg.marks .mark-line path").count()
+
+    def rows(self):
+        return self.page.locator("#edges tbody tr:visible").count()
+
+    def state(self):
+        """What the address says."""
+        return parse_qs(urlsplit(self.page.url).fragment)
+
+    def pin(self, number, *keys):
+        """Click the node with this number; its name."""
+        box = self.page.locator(BOXES).nth(number)
+        name = box.get_attribute("aria-label")
+        box.click(force=True, modifiers=list(keys))
+        self.page.wait_for_function(PINNED, arg=name)
+        self.page.mouse.move(1, 1)
+        return name
+
+    def pinned(self):
+        """Names of the nodes that are drawn as pinned or chosen."""
+        boxes = self.page.locator(f"{BOXES}[fill='#C2188B']")
+        return set(boxes.evaluate_all("all => all.map(box => box.getAttribute('aria-label'))"))
+
+    def seen(self):
+        """All drawn marks, in any order, and the table with its caption, in order."""
+        shapes = "svg.marks :is(.mark-line path, .nodes_marks path, .labels_marks text)"
+        marks = self.page.locator(shapes).evaluate_all("all => all.map(mark => mark.outerHTML)")
+        parts = ("#count", "#edges")
+        return [sorted(marks), *(self.page.locator(part).inner_html() for part in parts)]
+
+    def press(self, selector, key):
+        """Press a key on a control and wait for the address to follow."""
+        before = self.page.url
+        self.page.locator(selector).press(key)
+        self.page.wait_for_function("old => location.href !== old", arg=before)
+
+
+def test_page_is_whole_and_asks_nobody(browser, address):
+    with Visit(browser, address) as visit:
+        visit.page.wait_for_load_state("networkidle")
+        assert visit.problems == []
+        assert visit.requests == [address]
+        assert "model: gpt2-ioi" in visit.page.inner_text(".facts")
+        assert visit.edges() == visit.rows() > 20
+        assert f"{visit.rows()} of 600 edges" in visit.page.inner_text("#count")
+
+
+def test_slider_prunes_graph_and_table_by_keyboard(browser, address):
+    with Visit(browser, address) as visit:
+        before = visit.edges()
+        visit.press("input[name=prune]", "Home")
+        assert visit.edges() == visit.rows() == 600 > before
+        assert visit.state() == {"prune": ["0"]}
+        visit.press("input[name=prune]", "End")
+        assert visit.edges() == visit.rows() < before
+
+
+def test_click_pins_shift_adds_and_escape_unpins(browser, address):
+    with Visit(browser, address) as visit:
+        before = visit.rows()
+        first = visit.pin(3)
+        assert visit.state() == {"pin": [first]} and visit.pinned() == {first}
+        ends = visit.page.locator("#edges tbody tr:visible").evaluate_all(
+            "rows => rows.map(row => [row.dataset.writer, row.dataset.reader])"
+        )
+        assert 0 < len(ends) < before and all(first in pair for pair in ends)
+        second = visit.pin(9, "Shift")
+        assert set(visit.state()["pin"]) == {first, second} == visit.pinned()
+        visit.page.keyboard.press("Escape")
+        visit.page.wait_for_function("location.hash === ''")
+        assert visit.rows() == before and visit.pinned() == set()
+
+
+def test_click_on_nothing_unpins(browser, address):
+    with Visit(browser, address) as visit:
+        visit.pin(3)
+        visit.page.locator("svg.marks").click(position={"x": 5, "y": 5})
+        visit.page.wait_for_function("location.hash === ''")
+        assert visit.pinned() == set()
+
+
+def test_pointing_at_a_node_fades_the_other_edges(browser, address):
+    faded = "svg.marks .mark-line path[opacity='0.12']"
+    with Visit(browser, address) as visit:
+        assert visit.page.locator(faded).count() == 0
+        visit.page.locator(BOXES).first.hover(force=True)
+        visit.page.wait_for_selector(faded, state="attached")
+        assert 0 < visit.page.locator(faded).count() < visit.edges()
+        assert "node" in visit.page.inner_text("#vg-tooltip-element")
+
+
+def test_menu_chooses_a_node_by_keyboard(browser, address):
+    with Visit(browser, address) as visit:
+        visit.page.select_option("select[name=chosen]", label="MLP 0 at end")
+        visit.page.wait_for_function("location.hash.includes('node=')")
+        assert visit.state() == {"node": ["MLP 0 at end"]}
+        assert "MLP 0 at end" in visit.page.inner_text("#count")
+        assert visit.pinned() == {"MLP 0 at end"}
+
+
+def test_address_restores_the_drawing(browser, address):
+    with Visit(browser, address) as visit:
+        visit.press("input[name=prune]", "ArrowLeft")
+        visit.pin(3)
+        visit.pin(9, "Shift")
+        visit.page.locator("th[data-key=weight] button").press("Enter")
+        visit.page.wait_for_function("location.hash.includes('sort')")
+        seen = visit.seen()
+        shared = visit.page.url
+    assert set(parse_qs(urlsplit(shared).fragment)) == {"prune", "pin", "sort"}
+    with Visit(browser, shared) as again:
+        assert again.page.url == shared
+        assert again.seen() == seen
+
+
+def test_hash_that_makes_no_sense_is_ignored(browser, address):
+    with Visit(browser, address) as visit:
+        usual = visit.rows()
+    with Visit(browser, f"{address}#prune=900&pin=nobody&node=%3Cb%3E&sort=-size") as visit:
+        assert visit.problems == [] and visit.rows() == usual and visit.state() == {}
+
+
+def test_table_is_sorted_by_its_headings(browser, address):
+    values = "rows => rows.map(row => Number(row.cells[7].dataset.value))"
+    head = "th[data-key=weight]"
+    with Visit(browser, address) as visit:
+        assert visit.page.get_attribute("th[data-key=prompts]", "aria-sort") == "descending"
+        for order, backwards in (("descending", True), ("ascending", False)):
+            visit.press(f"{head} button", "Enter")
+            assert visit.page.get_attribute(head, "aria-sort") == order
+            weights = visit.page.locator("#edges tbody tr").evaluate_all(values)
+            assert weights == sorted(weights, reverse=backwards)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_graph_is_drawn_in_the_ink_of_the_page(browser, address, scheme):
+    inks = """() => [...document.querySelectorAll('.role-axis-label text')]
+      .map(text => getComputedStyle(text).fill)"""
+    with Visit(browser, address, scheme=scheme) as visit:
+        ink = visit.page.evaluate("getComputedStyle(document.querySelector('h1')).color")
+        assert set(visit.page.evaluate(inks)) == {ink}
+        assert ink == ("rgb(255, 255, 255)" if scheme == "dark" else "rgb(0, 0, 0)")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser, address, axe, scheme):
+    with Visit(browser, address, scheme=scheme) as visit:
+        visit.page.evaluate(axe)
+        found = visit.page.evaluate("axe.run()")["violations"]
+        assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found] == []
+
+
+def test_phone_scrolls_downwards_only(browser, address):
+    with Visit(browser, address, PHONE) as visit:
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_hostile_text_stays_text(browser, tmp_path):
+    edges = made_up.pooled_edges(60)
+    edges["role"] = edges["role"].replace("S1", HOSTILE)
+    edges["dest_role"] = edges["dest_role"].replace("S1", HOSTILE)
+    edges["upstream"] = edges["upstream"].replace("MLP 0", f"MLP {HOSTILE}")
+    facts = {HOSTILE: HOSTILE}
+    path = write_page(tmp_path / "x.html", edges, title=HOSTILE, facts=facts)
+    with Visit(browser, path.as_uri()) as visit:
+        assert visit.problems == []
+        assert visit.page.title() == visit.page.inner_text("h1") == HOSTILE
+        assert visit.page.inner_text(".facts") == f"{HOSTILE}: {HOSTILE}"
+        assert HOSTILE in visit.page.locator("#edges tbody").inner_text()
+        name = visit.pin(0)
+        assert visit.state()["pin"] == [name]
+
+
+def test_page_replaces_another_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "circuit.html"
+    path.write_text("old")
+    assert write_page(path, made_up.pooled_edges(5), title="New", facts=FACTS) == path
+    assert "<h1>New</h1>" in path.read_text() and list(tmp_path.iterdir()) == [path]
+
+
+def test_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "circuit.html"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="no edges"):
+        write_page(path, made_up.pooled_edges(5).iloc[:0], title="New", facts=FACTS)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sparse_signals.core.resume.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_page(path, made_up.pooled_edges(5), title="New", facts=FACTS)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

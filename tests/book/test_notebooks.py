@@ -1,0 +1,120 @@
+"""What nbval cannot see: cells never run, stale order, machine traces, charts without words."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import vl_convert
+import yaml
+
+from sparse_signals.charts.style import MIME
+from sparse_signals.core.numbers import round_significant
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+IGNORED = re.compile(r"nbval-(ignore-output|skip)|NBVAL_(IGNORE_OUTPUT|SKIP)")
+REASON = re.compile(r"^# Not compared: .{10,}", re.MULTILINE)
+MACHINE = re.compile(r"/home/|/root/|/Users/|site-packages|0x[0-9a-f]{8}|127\.0\.0\.1")
+MAX_LINES, MAX_OUTPUT, MAX_NOTEBOOK = 15, 400_000, 2_000_000
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def charts(notebook):
+    return [
+        output.data[MIME]
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if MIME in output.get("data", {})
+    ]
+
+
+def is_ignored(cell):
+    return bool(IGNORED.search(cell.source + " ".join(cell.metadata.get("tags", []))))
+
+
+def test_table_of_contents_names_every_chapter_and_appendix():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    parts = {part["caption"]: [x["file"] for x in part["chapters"]] for part in toc["parts"]}
+    chapters, appendices = parts["Chapters"], parts["Appendices"]
+    assert chapters + appendices == [f"book/{p.stem}" for p in CHAPTERS]
+    assert all(Path(name).name[0] == "0" for name in chapters)
+    assert all(Path(name).name[0] == "a" for name in appendices)
+
+
+def test_every_cell_was_run_in_order(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), "run make refresh"
+
+
+def test_no_cell_failed_or_complained(notebook):
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", cell.source
+
+
+def test_cells_are_short(notebook):
+    for cell in code_cells(notebook):
+        assert 1 <= len(cell.source.splitlines()) <= MAX_LINES, cell.source
+
+
+def test_ignored_cells_are_few_and_say_why(notebook):
+    ignored = [cell for cell in code_cells(notebook) if is_ignored(cell)]
+    assert len(ignored) <= 0.05 * len(code_cells(notebook))
+    for cell in ignored:
+        assert REASON.search(cell.source), f"say '# Not compared: reason' in\n{cell.source}"
+
+
+def test_outputs_are_small_and_free_of_the_machine(path, notebook):
+    assert path.stat().st_size <= MAX_NOTEBOOK
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            text = json.dumps(output)
+            assert len(text) <= MAX_OUTPUT, cell.source
+            assert not MACHINE.search(text), cell.source
+
+
+def test_metadata_holds_nothing_that_varies(notebook):
+    assert set(notebook.metadata) == {"edition", "kernelspec", "language_info"}, "run make refresh"
+    assert notebook.metadata.edition.model == "gpt2-ioi"
+    assert all(set(cell.metadata) <= {"tags", "mystnb"} for cell in notebook.cells)
+
+
+def test_charts_say_what_they_show(notebook):
+    assert charts(notebook)
+    for spec in charts(notebook):
+        assert spec["description"].strip()
+        assert spec["title"]["text"]
+
+
+def test_chart_numbers_are_rounded(notebook):
+    for spec in charts(notebook):
+        for rows in spec["datasets"].values():
+            for row in rows:
+                assert all(value == round_significant(value) for value in row.values())
+
+
+@pytest.mark.parametrize("version", ["5.8", "6.4"])  # JupyterLab's Vega-Lite, and the site's
+def test_charts_can_be_drawn(notebook, version):
+    for spec in charts(notebook):
+        assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=version)
+
+
+def test_book_has_a_dozen_interactive_charts():
+    specs = [s for p in CHAPTERS for s in charts(nbformat.read(p, as_version=4))]
+    assert sum('"params"' in json.dumps(spec) for spec in specs) >= 12

@@ -1,0 +1,138 @@
+"""Charts of the appendix: they draw from small frames, and their titles follow the data."""
+
+from functools import cache
+
+import pandas as pd
+import pytest
+import vl_convert
+
+from drawing import drawn
+from sparse_signals.charts import planted as charts
+from sparse_signals.charts import planted as pictures
+from sparse_signals.charts import style as base
+from sparse_signals.planted.circuits import planted
+from sparse_signals.planted.scoring import (
+    FATES,
+    drawn_attention,
+    drawn_decoys,
+    drawn_edges,
+    run_case,
+)
+
+METHODS = ("exact", "whole score", "loudest")
+
+
+def text(chart) -> str:
+    return " ".join(chart.to_dict()["title"]["text"])
+
+
+def with_value(chart, name, value):
+    """The chart as it is after a menu was used."""
+    spec = chart.to_dict()
+    next(p for p in spec["params"] if p["name"] == name)["value"] = value
+    return vl_convert.vegalite_to_svg(base.canonical(spec), vl_version="6.4")
+
+
+@cache
+def case(name):
+    return run_case(planted(name, prompts=2))
+
+
+@pytest.fixture(scope="module")
+def circuits():
+    cases = [case(name) for name in ("inhibition", "redundant", "decoys")]
+    edges = pd.concat(drawn_edges(one.planted) for one in cases)
+    return edges, pd.concat(drawn_decoys(one) for one in cases)
+
+
+def test_picture_counts_edges_and_draws_one_circuit_at_a_time(circuits):
+    chart = pictures.planted_circuits(*circuits)
+    assert "6 edges (inhibition), 12 edges (redundant)" in text(chart)
+    assert ">3.0<" not in drawn(chart) and ">3.0<" in with_value(chart, "circuit", "redundant")
+
+
+def test_decoys_are_boxes_without_lines(circuits):
+    edges, decoys = circuits
+    assert set(decoys["reader"]) == {"0.1", "0.2", "1.1", "1.2"}
+    mine = edges[edges["circuit"] == "decoys"]
+    assert not set(decoys["reader"]) & (set(mine["upstream"]) | set(mine["reader"]))
+    svg = with_value(pictures.planted_circuits(*circuits), "circuit", "decoys")
+    assert ">1.2<" in svg and ">0.2<" in svg
+
+
+def test_no_two_boxes_of_a_circuit_overlap(circuits):
+    nodes = pictures._nodes(*circuits)
+    for _, row in nodes.groupby(["circuit", "y"]):
+        assert (row["x"].sort_values().diff().dropna() > 2 * pictures.HALF_X).all()
+
+
+def test_attention_title_never_promises_more_than_there_is():
+    looks = drawn_attention(case("inhibition"))
+    assert looks.groupby("head")["planted"].sum().eq(1).all()
+    chart = pictures.planted_attention(looks)
+    assert "at least 99.9" in text(chart) and "0 &lt;start&gt;" in drawn(chart)
+    looks.loc[looks["planted"], "attention"] = 0.5129
+    assert "at least 51.2" in text(pictures.planted_attention(looks))
+
+
+def scores(exact=1.0, **columns):
+    rows = [
+        (method, kind, circuit, exact if method == "exact" else 0.5)
+        for method in METHODS
+        for kind in ("head edges", "all edges")
+        for circuit in ("all four", "induction")
+        if (method, kind) != ("loudest", "all edges")
+    ]
+    table = pd.DataFrame(rows, columns=["method", "edges", "circuit", "precision"])
+    for name in ("recall", "precision_low", "precision_high", "recall_low", "recall_high"):
+        table[name] = table["precision"]
+    return table.assign(**columns)
+
+
+@pytest.mark.parametrize(("exact", "found"), [(1.0, "exact"), (0.9, "none")])
+def test_scoreboard_names_who_is_perfect(exact, found):
+    chart = charts.scoreboard(scores(exact))
+    assert text(chart).endswith(f"(head edges): {found}")
+    assert f">{exact:.2f}<" in drawn(chart)
+
+
+def fates(share):
+    shares = dict(zip(FATES, (share, 0.0, 0.0, 1 - share), strict=True))
+    rows = [
+        (circuit, noise, fate, 1.0 * (fate == "found") if noise == 0 else value, 1 - 10 * noise)
+        for circuit in ("all four", "induction")
+        for noise in (0.0, 0.05)
+        for fate, value in shares.items()
+    ]
+    return pd.DataFrame(rows, columns=["circuit", "noise", "fate", "share", "accuracy"])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_noise_title_speaks_of_the_noise_that_loses_half(share):
+    table = pd.concat([scores(noise=0.0), scores(0.8, noise=0.05)])
+    chart = charts.noise_curves(table, fates(share))
+    assert "at noise 0.05 the model answers 50" in text(chart) and "80" in text(chart)
+    assert chart.to_dict()["params"]
+    assert "reader silent" in drawn(chart)
+
+
+def test_fates_have_the_names_of_the_module():
+    assert charts.FATES == FATES
+
+
+def test_noise_methods_can_be_chosen_without_a_mouse():
+    spec = charts.noise_curves(pd.concat([scores(noise=0.0), scores(noise=0.05)]), fates(0.2))
+    menus = [p["bind"] for p in spec.to_dict()["params"] if "bind" in p]
+    assert [None, *METHODS] in [m.get("method", {}).get("options") for m in menus]
+
+
+def test_cut_title_quotes_both_ends_and_the_usual_cut():
+    rows = [
+        ("all four", method, share, 1 - share / 2, share)
+        for method in ("exact", "whole score")
+        for share in (0.5, 0.7, 0.99)
+    ]
+    table = pd.DataFrame(rows, columns=["circuit", "method", "share", "precision", "recall"])
+    chart = charts.cut_curves(table, noise=0.03)
+    assert "at noise 0.03" in text(chart) and "0.65 and 0.70 at 0.7" in text(chart)
+    assert drawn(chart).count("method: whole score; ") == 3 + 1  # points and a line

@@ -1,0 +1,164 @@
+"""Chapter 2: random spectra, perturbed vectors, coordinates and rank-K choices."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_signals.core.run import read_attention
+from sparse_signals.core.stats import participation_ratio
+from sparse_signals.heads.scores import scores as all_scores
+from sparse_signals.heads.spectra import (
+    choice_shares,
+    choices_kept,
+    coordinate_table,
+    flatness,
+    outer_product_table,
+    partial_scores,
+    perturbed,
+    random_flatness,
+    random_spectra,
+    spectrum_bands,
+    svd_flops,
+    turning,
+)
+from sparse_signals.heads.svd import QKForms, head_svd, qk_forms
+
+
+def random_forms(n=40, r=6, layers=2, heads=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(2, layers, heads, n, r, generator=generator, dtype=torch.float64)
+    return QKForms(A, B, torch.full((layers,), r**0.5, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def read(tiny_gpt2, tokens, mask):
+    return head_svd(qk_forms(tiny_gpt2)), read_attention(tiny_gpt2, tokens, mask)
+
+
+def test_outer_products_add_up_to_the_form():
+    forms = random_forms(n=5, r=3)
+    table = outer_product_table(forms.A[0, 0], forms.B[0, 0])
+    whole = table[table["part"] == "Ω"].set_index(["row", "column"])["value"]
+    parts = table[table["part"] != "Ω"].groupby(["row", "column"])["value"].sum()
+    assert table["part"].nunique() == 4
+    np.testing.assert_allclose(parts.sort_index(), whole.sort_index(), atol=1e-12)
+
+
+def test_flops_grow_with_the_cube_only_for_the_dense_svd():
+    small, large = svd_flops(100, 8), svd_flops(200, 8)
+    assert large["dense"] == 8 * small["dense"]
+    assert large["factors"] < 2 * small["factors"]
+
+
+def test_drawn_triangles_have_the_spectra_of_gaussian_products():
+    forms = random_forms()
+    drawn = random_spectra(forms, "shape", draws=400).square().mean(0)[0, 0]
+    A, B = torch.randn(2, 400, 40, 6, generator=torch.Generator().manual_seed(1)).double()
+    plain = torch.linalg.svdvals(A @ B.mT)[:, :6].square().mean(0)
+    torch.testing.assert_close(drawn, plain, rtol=0.1, atol=0)
+
+
+def test_each_null_keeps_what_it_says():
+    forms = random_forms()
+    stretched = QKForms(10 * forms.A, forms.B, forms.scale)
+    one, ten = (random_spectra(f, "norms", draws=5) for f in (forms, stretched))
+    torch.testing.assert_close(ten, 10 * one)
+    turned = random_spectra(forms, "factors", draws=5)
+    log_det = sum(torch.linalg.svdvals(M).log().sum(-1) for M in (forms.A, forms.B))
+    torch.testing.assert_close(turned.log().sum(-1), log_det.expand(5, -1, -1))
+    with pytest.raises(ValueError, match="null must be one of"):
+        random_spectra(forms, "colour")
+
+
+def test_gaussian_heads_are_mostly_as_random_and_low_rank_ones_are_steeper():
+    forms = random_forms(layers=4, heads=5)
+    table = flatness(head_svd(forms), forms, draws=100)
+    shape = table[(table["null"] == "shape") & (table["measure"] == "σ²")]
+    assert (shape["verdict"] == "as random").mean() > 0.6
+    forms.A[:, :, :, 1:] *= 1e-3
+    table = flatness(head_svd(forms), forms, draws=50)
+    assert (table.loc[table["null"] == "shape", "verdict"] == "steeper").all()
+
+
+def test_bands_hold_unit_spectra_and_flatness_their_ratio():
+    forms = random_forms()
+    svd = head_svd(forms)
+    bands = spectrum_bands(svd, forms, draws=20)
+    one = bands[(bands["null"] == "norms") & (bands["name"] == "1.2")]
+    np.testing.assert_allclose(np.square(one["sigma"]).mean(), 1)
+    assert (one["low"] <= one["high"]).all() and list(one["k"]) == list(range(6))
+    flat = flatness(svd, forms, draws=20).query("name == '1.2' and measure == 'σ'")
+    np.testing.assert_allclose(flat["ours"], float(participation_ratio(svd.S[1, 2])))
+
+
+def test_random_flatness_is_a_share():
+    table = random_flatness(50, 8, draws=50).set_index("measure")
+    assert (table["low"] < table["high"]).all() and (table["high"] <= 1).all()
+    assert table["high"]["σ²"] < table["high"]["σ"]
+
+
+def test_in_a_near_tie_vectors_turn_and_their_plane_stays():
+    svd = head_svd(random_forms(layers=1, heads=1))
+    tied = svd.S[0, 0].clone()
+    tied[3] = tied[2] * (1 - 1e-10)
+    forms = QKForms((svd.U[0, 0] * tied)[None, None], svd.V, svd.scale)
+    table = turning(head_svd(forms), head_svd(perturbed(forms, 1e-6)))
+    row = table.set_index("k").loc[2]
+    assert row["vector"] > 1 and row["plane"] < 0.01 and row["gap"] < 1e-9
+
+
+def test_nothing_turns_without_a_change():
+    svd = head_svd(random_forms())
+    assert turning(svd, svd)[["vector", "plane"]].to_numpy().max() < 1e-6
+
+
+def test_perturbation_has_the_size_asked_for():
+    forms = random_forms()
+    change = perturbed(forms, 1e-3).A - forms.A
+    ratio = change.norm(dim=(-2, -1)) / forms.A.norm(dim=(-2, -1))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1e-3))
+
+
+def test_coordinates_make_the_scores(read):
+    svd, attention = read
+    table = coordinate_table(svd, attention, 1, 2)
+    assert len(table) == int(attention.mask.sum()) * svd.S.shape[-1]
+    one = table[table["prompt"] == 3].pivot(index="pos", columns="k", values=["u", "v"])
+    weight = (svd.S[1, 2] / svd.scale[1]).numpy()
+    made = one["u"].to_numpy() * weight @ one["v"].to_numpy().T
+    size = len(made)
+    np.testing.assert_allclose(made, all_scores(attention)[1, 3, 2, :size, :size], atol=1e-9)
+
+
+def test_partial_scores_end_at_the_score(read):
+    svd, attention = read
+    table = partial_scores(svd, attention, 1, 2, prompt=3)
+    last = table[table["K"] == svd.S.shape[-1]]
+    score = all_scores(attention)[1, 3, 2].numpy()
+    np.testing.assert_allclose(last["score"], score[last["dest"], last["src"]], atol=1e-9)
+    assert (table["src"] <= table["dest"]).all()
+
+
+def test_all_directions_keep_every_choice_and_one_agrees_with_a_loop(read):
+    svd, attention = read
+    right, total = choices_kept(svd, attention, [2, 8], draws=2)
+    assert (right[:, -1] == total).all()
+    assert total.tolist() == [int(m.sum()) - 2 for m in attention.mask]
+    table = partial_scores(svd, attention, 1, 2, prompt=3)
+    table = table[(table["src"] >= 1) & (table["dest"] >= 2)]
+    best = table.loc[table.groupby(["K", "dest"])["score"].idxmax()].pivot(
+        index="dest", columns="K", values="src"
+    )
+    assert int(right[0, 0, 1, 2, 3]) == (best[2] == best[8]).sum()
+
+
+def test_shares_and_directions_needed():
+    right = torch.tensor([[[5, 5], [9, 10], [10, 10]], [[1, 1], [5, 5], [10, 10]]])
+    shares, needed = choice_shares(right, torch.tensor([10, 10]), [1, 2, 3])
+    ours = shares[shares["basis"] == "singular vectors"]
+    np.testing.assert_allclose(ours["value"], [0.5, 0.95, 1])
+    assert needed.set_index("basis")["value"].to_dict() == {
+        "singular vectors": 2,
+        "random directions": 3,
+    }
+    assert (shares["low"] <= shares["value"] + 1e-12).all()

@@ -1,0 +1,210 @@
+"""What chapter 4 compares a trace with: known answers on small tables, identities on models."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sparse_signals.core.model import load_model, logits
+from sparse_signals.core.prompts import encode, ioi_prompts
+from sparse_signals.core.run import run_model
+from sparse_signals.core.stats import rank_correlation
+from sparse_signals.planted.circuits import planted
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.tracing import comparisons
+from sparse_signals.tracing.comparisons import (
+    ablation_effects,
+    component_shares,
+    firing_table,
+    kind_shares,
+    likeness,
+    overlap,
+    prominence,
+    prompt_likeness,
+    quirk_table,
+    sensitivity,
+    top_edges_kept,
+)
+from sparse_signals.tracing.contributions import Settings, contributions, read_weights
+from sparse_signals.tracing.roots import Root
+from sparse_signals.tracing.trace import kept_components, trace
+
+PLACE = ["prompt", *comparisons.PLACE]
+
+
+@pytest.fixture(scope="module")
+def ioi():
+    model = load_model("gpt2-ioi", device="cpu", dtype=torch.float64)
+    table = ioi_prompts(12, seed=4, tokenizer=model.tokenizer)
+    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    return model, batch, read_weights(model)
+
+
+@pytest.fixture(scope="module")
+def opened(ioi):
+    model, batch, weights = ioi
+    run = run_model(model, batch.tokens, batch.mask)
+    pairs = find_firings(run.attention)
+    return run, pairs, contributions(weights, run, pairs)
+
+
+ROOTS = [Root(1, head, "end", "IO") for head in (3, 4, 5)]
+
+
+def rows(*edges):
+    return pd.DataFrame(edges, columns=PLACE)
+
+
+def test_overlap_is_shared_over_all_edges_prompt_by_prompt():
+    one = rows((0, "0.1", "1.0", "dest", 4, 1), (0, "0.2", "1.0", "dest", 4, 1),
+               (1, "0.1", "1.0", "dest", 4, 1))  # fmt: skip
+    other = rows((0, "0.1", "1.0", "dest", 4, 1), (1, "0.1", "1.0", "src", 4, 1))
+    found = overlap(one, other, 3)
+    assert found[:2].tolist() == [0.5, 0.0] and np.isnan(found[2])
+
+
+def test_shares_of_the_kinds_sum_to_one(ioi, opened):
+    _, _, weights = ioi
+    _, pairs, parts = opened
+    table = kind_shares(weights, pairs, parts)
+    sums = table.groupby(["layer", "side"])["share"].sum()
+    assert np.allclose(sums, 1) and len(sums) == 8
+    first = table[table["layer"] == 0].set_index(["side", "kind"])["share"]
+    assert (first.xs("head", level="kind") == 0).all()  # nothing is upstream of layer 0 but …
+    assert first["dest", "embedding"] > 0.5
+    assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
+
+
+def test_component_shares_are_means_over_the_mean_total(ioi, opened):
+    _, _, weights = ioi
+    _, pairs, parts = opened
+    table = component_shares(weights, pairs, parts, "src").set_index("component")
+    place = list(weights.components["component"]).index("0.1")
+    expected = parts.values[:, 1, place].mean() / parts.total.mean()
+    assert table.loc["0.1", "share"] == pytest.approx(float(expected))
+    assert table["share"].sum() == pytest.approx(1)
+
+
+def test_a_firing_opened_adds_up_over_support_and_over_all_slices(ioi, opened):
+    _, _, weights = ioi
+    run, pairs, parts = opened
+    n = int((pairs.layer == 2).nonzero()[0])
+    table = firing_table(weights, run, pairs[n : n + 1])
+    sums = table.groupby(["slices", "side"])["weight"].sum()
+    assert np.allclose(sums["the support"], float(parts.total[n]))
+    assert np.allclose(sums["all slices"], float(pairs.score[n]))
+    kept = kept_components(parts, Settings())[n].sum()
+    assert table[table["slices"] == "the support"]["kept"].sum() == int(kept)
+
+
+def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch):
+    _, batch, weights = ioi
+    monkeypatch.setattr(comparisons, "VARIED", {"share": (0.5, 0.7, 0.9), "level": (0.5, 0.9)})
+    table = sensitivity(weights, batch, ROOTS)
+    table = table.set_index(["setting", "x"])
+    assert table.loc[("share", 0.7), "value"] == table.loc[("level", 0.5), "value"] == 1
+    assert table.loc[("share", 0.5), "value"] < 1 and table.loc[("level", 0.9), "value"] < 1
+    edges = table.loc["share", "edges"]
+    assert edges[0.5] < edges[0.7] < edges[0.9]
+
+
+def test_quirks_overcount_where_paths_are_redundant():
+    two = planted("redundant")
+    roots = [Root(2, 0, "end", "IO"), Root(3, 0, "end", "IO")]
+    table = quirk_table(read_weights(two.model), two.batch, roots)
+    table = table.set_index("quirk")
+    prompts_ = len(two.batch.tokens)
+    assert table.loc["none", "largest count"] == prompts_
+    assert table.loc["none", "above all prompts"] == 0
+    # two movers hear each of the two inhibition heads: two paths, but for the first prompt
+    assert table.loc["a count per path", "largest count"] == 1 + 2 * (prompts_ - 1)
+    assert table.loc["none", "overlap"] == 1
+
+
+def test_likeness_of_known_prompts():
+    found = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0]], dtype=bool)
+    alike = likeness(found)
+    assert alike[0, 2] == alike[1, 1] == 1 and alike[0, 1] == pytest.approx(1 / 3)
+
+
+def test_prompts_alike_in_template_have_likelier_traces(ioi):
+    _, batch, _ = ioi
+    # edges that depend on the template alone
+    table = pd.DataFrame({"prompt": range(12), "firing": range(12), "downstream": "1.0",
+                          "side": "dest", "dest": batch.roles["end"], "src": batch.roles["IO"],
+                          "upstream": "MLP " + batch.table["template"].astype(str)})  # fmt: skip
+    found = prompt_likeness(table, batch).set_index("prompts")
+    assert found.loc["other template, same order", "overlap"] == 0
+    same = found.loc[[name for name in found.index if name.startswith("same template")]]
+    assert (same.loc[same["pairs"] > 0, "overlap"] == 1).all() and same["pairs"].sum() > 0
+
+
+def test_commonest_edges_are_found_again_when_all_prompts_agree(ioi):
+    model, batch, weights = ioi
+    edges = trace(model, batch, ROOTS, weights=weights).edges
+    kept = top_edges_kept(edges, batch, [3, 8], repeats=20)
+    assert ((kept["low"] <= kept["kept"]) & (kept["kept"] <= kept["high"])).all()
+    single = edges[edges["prompt"] == edges["prompt"].mode()[0]].head(3)
+    agreed = pd.concat([single.assign(prompt=n, dest=0, src=0) for n in range(12)])
+    assert (top_edges_kept(agreed, batch, [3], repeats=5)["kept"] == 1).all()
+
+
+def test_ablation_equals_a_head_overwritten_by_hand(ioi):
+    model, batch, _ = ioi
+    table = ablation_effects(model, batch).set_index("name")
+    from sparse_signals.core.model import activations
+
+    z = activations(model, batch.tokens, ("z",))["z"][0, :, 0]
+    mean = z[batch.mask].mean(0)
+    last, n = batch.mask.sum(1) - 1, torch.arange(12)
+
+    def by_hand(value, hook):
+        value[:, :, 0] = mean
+        return value
+
+    gaps = []
+    for hooks in ((), [("blocks.0.attn.hook_z", by_hand)]):
+        out = logits(model, batch.tokens, last, hooks)
+        gaps.append((out[n, batch.io] - out[n, batch.s]).mean().item())
+    assert table.loc["0.0", "effect"] == pytest.approx(gaps[1] - gaps[0])
+    assert len(table) == 24 and abs(table.loc["0.0", "effect"]) > 1
+
+
+def test_prominence_counts_prompts_with_the_head_at_either_end(ioi):
+    model, batch, weights = ioi
+    traced = trace(model, batch, ROOTS, weights=weights)
+    table = prominence(traced, model, 12).set_index("name")["share"]
+    edges = traced.edges
+    as_end = set(edges.loc[edges["upstream"] == "0.2", "prompt"])
+    as_end |= set(traced.firings.loc[traced.firings["name"] == "0.2", "prompt"])
+    assert table["0.2"] == len(as_end) / 12 > 0
+    assert table["3.0"] == 0 and len(table) == 24
+
+
+def test_rank_correlation_of_known_orders():
+    x, one = np.arange(12.0), np.zeros(12)
+    found = rank_correlation(x, x**3, one)
+    assert found["rho"] == pytest.approx(1) and abs(found["chance"]) < 0.05 and found["p"] < 0.01
+    assert rank_correlation(x, -x, one)["rho"] == pytest.approx(-1)
+    shuffled = np.random.default_rng(0).permutation(x)
+    assert rank_correlation(x, shuffled, one)["p"] > 0.05
+
+
+def test_rank_correlation_of_groups_alone_is_chance():
+    layer = np.repeat([0, 1], 6)
+    x = np.r_[0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15.0]
+    y = np.r_[3, 0, 4, 1, 5, 2, 12, 15, 10, 13, 11, 14.0]  # only the layers agree
+    found = rank_correlation(x, y, layer)
+    assert found["rho"] > 0.7 and found["chance"] > 0.7 and found["p"] > 0.2
+    assert rank_correlation(x, y, np.zeros(12))["p"] < 0.01
+
+
+def test_all_slices_are_kept_without_a_filter(ioi, opened):
+    _, _, weights = ioi
+    run, pairs, _ = opened
+    whole = contributions(weights, run, pairs, replace(Settings(), fraction=None))
+    assert whole.support.all()
+    torch.testing.assert_close(whole.total, pairs.score)
+    torch.testing.assert_close(whole.values.sum(-1)[:, 0], pairs.score)

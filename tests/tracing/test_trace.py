@@ -1,0 +1,355 @@
+"""Traces against a slow reference that follows one path at a time; what must not change them."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from sparse_signals.core import run as core_run
+from sparse_signals.core.model import load_model
+from sparse_signals.core.prompts import Batch, PromptError, encode, ioi_prompts
+from sparse_signals.core.resume import atomic, run_key
+from sparse_signals.core.run import chunk_rows, run_model
+from sparse_signals.signals.firings import find_firings
+from sparse_signals.tracing import trace as tracing
+from sparse_signals.tracing.contributions import (
+    Contributions,
+    Settings,
+    contributions,
+    read_weights,
+)
+from sparse_signals.tracing.roots import Root, TraceError, place, strongest_roots
+from sparse_signals.tracing.trace import kept_components, trace, trace_run
+
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+PLACE = ["prompt", "upstream", "downstream", "side", "dest", "src"]
+LEVEL = Settings(level=0.15)  # random models attend weakly
+DEST = 4  # a position that all prompts have
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def batch(tokens, mask):
+    return Batch(pd.DataFrame({"text": [""] * 8}), tokens, mask, [], {}, None, None)
+
+
+def roots_of(model, batch, n=3):
+    """Heads of the last layer that fire from one position somewhere."""
+    run = run_model(model, batch.tokens, batch.mask)
+    pairs = find_firings(run.attention, LEVEL.level)
+    top = model.n_layers - 1
+    firing = pairs[(pairs.dest == DEST) & (pairs.layer == top)]
+    return [Root(top, head, DEST) for head in sorted(set(firing.head.tolist()))[:n]]
+
+
+def cut(values, share):
+    """The smallest prefix of the sorted values whose sum exceeds a share of the total."""
+    order = sorted(range(len(values)), key=lambda c: -values[c])
+    total, kept = 0.0, []
+    for c in order:
+        if values[c] <= 0:
+            break
+        kept.append(c)
+        total += values[c]
+        if total > share * sum(values):
+            break
+    return kept
+
+
+def slow_trace(model, batch, roots, settings):
+    """Depth first, one firing at a time, opened again whenever a path reaches it.
+
+    Returns how often each edge is written, and the weight it is written with.
+    """
+    weights, run = read_weights(model), run_model(model, batch.tokens, batch.mask)
+    pairs = find_firings(run.attention, settings.level)
+    values = contributions(weights, run, pairs, settings).values.tolist()
+    firings = {}
+    for n, row in enumerate(pairs.table().itertuples()):
+        firings.setdefault((row.prompt, row.layer, row.head, row.dest), []).append((n, row))
+    table, written = list(weights.components.itertuples()), {}
+
+    def follow(prompt, layer, head, dest):
+        for n, row in firings.get((prompt, layer, head, dest), []):
+            for side, name in enumerate(("dest", "src")):
+                for c in cut(values[n][side], settings.share):
+                    key = (prompt, table[c].component, row.name, name, row.dest, row.src)
+                    times, _ = written.get(key, (0, 0.0))
+                    written[key] = (times + 1, values[n][side][c])
+                    if table[c].kind == "head":
+                        follow(prompt, table[c].layer, table[c].head, (row.dest, row.src)[side])
+
+    for root in roots:
+        for prompt in range(len(batch.tokens)):
+            follow(prompt, root.layer, root.head, root.dest)
+    return written
+
+
+@pytest.mark.parametrize("weighting", ["exact", "published", "norm"])
+def test_trace_equals_the_slow_reference(model, batch, weighting):
+    settings = replace(LEVEL, weighting=weighting)
+    roots = roots_of(model, batch)
+    expected = slow_trace(model, batch, roots, settings)
+    edges = trace(model, batch, roots, settings).edges
+    assert len(expected) > 30
+    found = {
+        tuple(row[:6]): (row.visits, row.weight)
+        for row in edges[[*PLACE, "visits", "weight"]].itertuples(index=False)
+    }
+    assert found.keys() == expected.keys()
+    for key, (times, weight) in expected.items():
+        assert found[key][0] == times
+        assert found[key][1] == pytest.approx(weight, abs=1e-9)
+
+
+def test_an_edge_is_written_once_per_firing(model, batch):
+    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    assert not edges.duplicated(["firing", "side", "upstream"]).any()
+    assert not edges.duplicated(PLACE).any()
+    if model.rotary:  # several paths do reach some of them
+        assert (edges["visits"] > 1).any()
+
+
+def test_receiving_token_is_that_of_the_side(model, batch):
+    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    expected = edges["dest"].where(edges["side"] == "dest", edges["src"])
+    assert edges["token"].equals(expected)
+
+
+def test_shares_of_a_side_exceed_the_cut_and_the_last_one_was_needed(model, batch):
+    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    sides = edges.groupby(["firing", "side"], observed=True)["share"]
+    assert (sides.sum() > LEVEL.share).all()
+    assert (sides.sum() - sides.min() <= LEVEL.share + 1e-12).all()
+
+
+def test_edges_do_not_depend_on_the_order_of_roots_or_prompts(model, batch):
+    roots = roots_of(model, batch)
+    assert len(roots) > 1
+    one = trace(model, batch, roots, LEVEL).edges
+    other = trace(model, batch, roots[::-1], LEVEL).edges
+    pd.testing.assert_frame_equal(one, other)
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    shuffled = replace(batch, tokens=batch.tokens[order], mask=batch.mask[order])
+    mixed = trace(model, shuffled, roots, LEVEL).edges
+    mixed["prompt"] = order.numpy()[mixed["prompt"]]
+    keys = [table[PLACE].astype(str).sort_values(PLACE).to_numpy() for table in (one, mixed)]
+    assert (keys[0] == keys[1]).all()
+
+
+def test_chunks_give_what_one_run_gives(model, batch, monkeypatch):
+    roots = roots_of(model, batch)
+    whole = trace(model, batch, roots, LEVEL)
+    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)  # a prompt at a time
+    parts = trace(model, batch, roots, LEVEL)
+    assert len(chunk_rows(model, batch)) == 8
+    ours, theirs = (t.edges.sort_values(PLACE)[[*PLACE, "visits"]] for t in (whole, parts))
+    assert (ours.astype(str).to_numpy() == theirs.astype(str).to_numpy()).all()
+    linked = parts.edges.merge(parts.firings, on="firing", suffixes=("", "_firing"))
+    assert len(linked) == len(parts.edges)
+    assert (linked["prompt"] == linked["prompt_firing"]).all()
+    assert (linked["downstream"] == linked["name"]).all()
+
+
+def test_a_run_that_was_cut_off_goes_on(tiny_gpt2, batch, monkeypatch, tmp_path):
+    roots = roots_of(tiny_gpt2, batch)
+    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
+    whole, calls, real = trace(tiny_gpt2, batch, roots, LEVEL), [], trace_run
+
+    def failing(*arguments, first_prompt):
+        calls.append(first_prompt)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, first_prompt=first_prompt)
+
+    monkeypatch.setattr(tracing, "trace_run", failing)
+    with pytest.raises(KeyboardInterrupt):
+        trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
+    resumed = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
+    assert calls == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    pd.testing.assert_frame_equal(resumed.edges, whole.edges)
+    assert resumed.firings["vectors"].map(list).equals(whole.firings["vectors"].map(list))
+    again = trace(tiny_gpt2, batch, roots, replace(LEVEL, share=0.5), folder=tmp_path)
+    assert len(again.edges) < len(whole.edges)  # other settings, another run
+    assert calls[9:] == list(range(8))
+
+
+def test_support_lists_are_those_of_the_contributions(tiny_gpt2, batch):
+    traced = trace(tiny_gpt2, batch, roots_of(tiny_gpt2, batch), LEVEL)
+    weights, run = read_weights(tiny_gpt2), run_model(tiny_gpt2, batch.tokens, batch.mask)
+    pairs = find_firings(run.attention, LEVEL.level)
+    support = contributions(weights, run, pairs, LEVEL).support
+    where = (
+        pairs.table()
+        .reset_index()
+        .merge(traced.firings, on=["prompt", "layer", "head", "dest", "src"], suffixes=("", "_t"))
+    )
+    assert len(where) == len(traced.firings)
+    for row in where.itertuples():
+        assert list(row.vectors) == support[row.index].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("roots", "message"),
+    [
+        ([], "at least one root"),
+        ([Root(3, 0)], "3.0:end is no head of tiny-gpt2, which has 3 layers of 4 heads"),
+        ([Root(2, 1, 0)], r"never fires on these prompts \(.* at least 0.15\): 2.1:0"),
+    ],
+)
+def test_roots_that_cannot_be_traced_say_why(tiny_gpt2, batch, roots, message):
+    with pytest.raises(TraceError, match=message):
+        trace(tiny_gpt2, batch, roots, LEVEL)
+
+
+def test_each_root_must_fire_not_its_head_alone(tiny_gpt2, batch):
+    root = roots_of(tiny_gpt2, batch)[0]
+    silent = replace(root, dest=0)  # the first token sees no other
+    with pytest.raises(TraceError, match=rf"never fires .*: {silent}; choose"):
+        trace(tiny_gpt2, batch, [root, silent], LEVEL)
+
+
+def test_unknown_role_says_which_there_are(tiny_gpt2, batch):
+    with pytest.raises(PromptError, match="no role 'IO' in these prompts: they have end alone"):
+        trace(tiny_gpt2, batch, [Root(2, 0, src="IO")], LEVEL)
+
+
+@pytest.fixture(scope="module")
+def ioi():
+    model = load_model("gpt2-ioi", device="cpu", dtype=torch.float64)
+    table = ioi_prompts(24, seed=4, tokenizer=model.tokenizer)
+    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    return model, batch
+
+
+def test_roots_by_attribution_are_the_heads_that_write_the_answer(ioi):
+    model, batch = ioi
+    roots = strongest_roots(model, batch, 3)
+    movers = {(0, 0), (1, 3), (1, 4), (1, 5)}  # largest direct attribution on the model card
+    assert {(root.layer, root.head) for root in roots} <= movers
+    assert len(roots) == 3
+
+
+def test_a_role_restricts_the_firings_of_a_root(ioi):
+    model, batch = ioi
+    traced = trace(model, batch, [Root(1, 4, "end", "IO")])
+    first = traced.firings[traced.firings["root"]]
+    assert len(first) > 5 and (first["name"] == "1.4").all()
+    assert (first["src"].to_numpy() == batch.roles["IO"].numpy()[first["prompt"]]).all()
+    assert traced.firings["error"].max() < 1e-9
+
+
+def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
+    model, batch = ioi
+    plain = trace(model, batch, [Root(1, 4, "end", "IO")])
+    sharp = trace(model, batch, [Root(1, 4, "end", "IO", "S1")])
+    assert sharp.firings["error"].max() < 1e-9
+    ours, theirs = (t.firings[t.firings["root"]] for t in (plain, sharp))
+    assert (ours[["prompt", "src"]].to_numpy() == theirs[["prompt", "src"]].to_numpy()).all()
+    top = sharp.edges[(sharp.edges["downstream"] == "1.4") & (sharp.edges["side"] == "dest")]
+    # on the model card, ablating 0.0 and 0.1 makes the movers blind to the difference
+    assert {"0.0", "0.1"} <= set(top["upstream"].value_counts().index[:4])
+    below = [
+        t.edges[t.edges["layer"] == 0].groupby(PLACE)["weight"].first() for t in (plain, sharp)
+    ]
+    common = below[0].index.intersection(below[1].index)
+    assert len(common) > 10 and (below[0][common] == below[1][common]).all()
+
+
+def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
+    model, batch = ioi
+    settings = Settings(level=0.1)
+    edges, firings = (getattr(trace(model, batch, [Root(1, 4, "end", "IO", "S1")], settings), n)
+                      for n in ("edges", "firings"))  # fmt: skip
+    first = firings[firings["root"]]
+    into = edges[edges["firing"].isin(first["firing"])]
+    assert set(into["side"]) == {"dest"} and (into["share"] > 0).all()
+    plain = trace(model, batch, [Root(1, 4, "end", "IO")], settings).firings
+    assert 0 < len(first) < plain["root"].sum()  # in some prompts it prefers the subject
+
+
+@pytest.mark.parametrize(
+    ("root", "settings", "message"),
+    [
+        (
+            Root(1, 4, "end", "IO", "S1"),
+            Settings(weighting="published"),
+            "only the exact weighting",
+        ),
+        (Root(1, 4, "end", "IO", "IO"), Settings(), "compares a source with itself"),
+    ],
+)
+def test_contrasts_that_make_no_sense_are_refused(ioi, root, settings, message):
+    model, batch = ioi
+    with pytest.raises(TraceError, match=message):
+        trace(model, batch, [root], settings)
+
+
+def test_places_are_roles_their_neighbours_and_positions(ioi):
+    _, batch = ioi
+    assert torch.equal(place(batch, "S2-1"), batch.roles["S2"] - 1)
+    assert torch.equal(place(batch, "S1+1"), batch.roles["S1+1"])
+    assert (place(batch, 3) == 3).all()
+    with pytest.raises(PromptError, match="no position 99: the longest prompt has"):
+        place(batch, 99)
+    with pytest.raises(PromptError, match="no role 'IX-1'"):
+        place(batch, "IX-1")
+
+
+def test_another_basis_is_another_run(tiny_gpt2, batch, tmp_path):
+    from sparse_signals.core.stats import random_rotation
+
+    roots = roots_of(tiny_gpt2, batch)
+    turned = read_weights(tiny_gpt2, random_rotation(8, seed=0))
+    one = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path).edges
+    other = trace(tiny_gpt2, batch, roots, LEVEL, weights=turned, folder=tmp_path).edges
+    assert len(list(tmp_path.iterdir())) == 2 and not one["weight"].equals(other["weight"])
+
+
+def test_roots_are_written_as_the_command_line_takes_them():
+    assert str(Root(9, 6)) == "9.6:end" and str(Root(9, 6, "end", "IO", "S1")) == "9.6:end:IO:S1"
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "table.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic(path) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_runs_are_named_by_their_content(tiny_gpt2, tiny_llama, batch):
+    one = run_key(tiny_gpt2, batch, "a")
+    other = replace(batch, tokens=batch.tokens + 1)
+    keys = [run_key(tiny_gpt2, batch, "b"), run_key(tiny_llama, batch, "a"),
+            run_key(tiny_gpt2, other, "a")]  # fmt: skip
+    assert one == run_key(tiny_gpt2, batch, "a") and one not in keys
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [(0.5, [1, 0, 0, 0]), (0.6, [1, 0, 1, 0]), (0.9, [1, 0, 1, 0]), (0.95, [1, 1, 1, 0])],
+)
+def test_a_side_keeps_the_fewest_that_exceed_the_share(share, kept):
+    """Of 0.6, 0.15, 0.35 and −0.1, which sum to 1: reaching a share is not exceeding it."""
+    values = torch.tensor([0.6, 0.15, 0.35, -0.1], dtype=torch.float64).expand(1, 2, 4)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    parts = Contributions(values, values.sum(-1)[:, 0], every, every)
+    found = kept_components(parts, Settings(share=share))
+    assert found[0].int().tolist() == [kept, kept]
+
+
+def test_neighbours_of_a_role_stay_inside(batch):
+    end, last = batch.mask.sum(1) - 1, batch.tokens.shape[1] - 1
+    assert place(batch, "end-1").tolist() == (end - 1).tolist()
+    assert place(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
+    assert place(batch, "end-99").tolist() == [0] * len(end)
