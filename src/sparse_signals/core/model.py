@@ -1,17 +1,19 @@
 """Load a language model, run it, and read exactly the activations that are asked for.
 
 Every model ends up as a raw TransformerLens bridge around the transformers model: no folding and
-no centring there. What the method needs folded is folded by `heads.py`, in float64.
+no centring there. What the method needs folded is folded by `heads.svd`, in float64.
 """
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,11 +38,32 @@ HOOKS = {
 }
 ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
 TOKENS_PER_BATCH = 1024
+BIAS_ROW = "bias row"
+DEFAULT_MODEL = "gpt2-ioi"
+HUB_MODELS = {"gpt2-small"}  # the only ones that may need the network
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Writers:
+    """Output weights of every head (values repeated per query head), and the output biases.
+
+    A value bias passes through attention unchanged, because the weights of a row sum to 1: it
+    counts as an output bias, b_V W_O is part of that of the layer, and a head is what it moved.
+    """
+
+    W_O: Float[Tensor, "layer head r d"]
+    b_V: Float[Tensor, "layer head r"]
+    bias: Float[Tensor, "layer d"]
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model: TransformerLens bridge, tokenizer (None if it has none) and sizes."""
+    """A loaded model: TransformerLens bridge, tokenizer (None if it has none) and sizes.
+
+    What follows from its weights is computed once, when it is first asked for: the properties
+    below, and whatever is marked `once_per_model` elsewhere.
+    """
 
     name: str
     bridge: nn.Module
@@ -53,6 +76,7 @@ class Model:
     d_head: int
     n_ctx: int
     rotary: bool
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -62,12 +86,80 @@ class Model:
     def dtype(self) -> torch.dtype:
         return next(self.bridge.parameters()).dtype
 
+    @property
+    def rms(self) -> bool:
+        """Whether normalisations divide only (RMSNorm), or centre first (LayerNorm)."""
+        return self.bridge.ln_final.uses_rms_norm
+
+    @cached_property
+    def divisor(self) -> Float[Tensor, "layer"]:
+        """What q·k is divided by to give the score: √r, times layer + 1 where the model says so."""
+        divisors = [1 / block.attn.original_component.scaling for block in self.bridge.blocks]
+        return torch.tensor(divisors, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def writers(self) -> Writers:
+        """How heads write, in the dtype of the model."""
+        blocks = [block.attn for block in self.bridge.blocks]
+        W_O = torch.stack([attn.W_O for attn in blocks])
+        b_V = W_O.new_zeros(self.n_layers, self.n_kv_heads, self.d_head)
+        if blocks[0].b_V is not None:
+            b_V = torch.stack([attn.b_V for attn in blocks])
+        b_V = b_V.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        bias = torch.einsum("lhr,lhrd->ld", b_V, W_O)
+        if blocks[0].b_O is not None:
+            bias = bias + torch.stack([attn.b_O for attn in blocks])
+        return Writers(W_O, b_V, bias)
+
+    @cached_property
+    def components(self) -> pd.DataFrame:
+        """The components in order: component, kind, layer, head (−1 where there is none), height.
+
+        `height` is where a chart draws it. The last one, "bias row", is no part of the residual
+        stream: it is the constant 1 of x̃, through which query, key and normalisation biases act.
+        """
+        rows = [("embedding", "embedding", -1, -1, -1.0)]
+        if not self.rotary:
+            rows.append(("position", "position", -1, -1, -1.0))
+        for layer in range(self.n_layers):
+            heads = range(self.n_heads)
+            rows += [(head_name(layer, h), "head", layer, h, float(layer)) for h in heads]
+            rows.append((f"bias {layer}", "bias", layer, -1, layer + 0.3))
+            rows.append((f"MLP {layer}", "MLP", layer, -1, layer + 0.5))
+        rows.append((BIAS_ROW, BIAS_ROW, -1, -1, -1.0))
+        return pd.DataFrame(rows, columns=["component", "kind", "layer", "head", "height"])
+
+    @property
+    def is_head(self) -> Bool[Tensor, "component"]:
+        """Which of the components are heads, layer by layer."""
+        return torch.tensor((self.components["kind"] == "head").tolist(), device=self.device)
+
+
+def head_name(layer: Any, head: Any) -> Any:
+    """layer.head, as in 9.9: of two numbers, or of two columns of numbers."""
+    if isinstance(layer, pd.Series):
+        return layer.astype(str) + "." + head.astype(str)
+    return f"{layer}.{head}"
+
+
+def once_per_model(function: Callable[[Model], T]) -> Callable[[Model], T]:
+    """Keep what a function makes of a model with the model, and make it only once."""
+
+    @wraps(function)
+    def kept(model: Model) -> T:
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name not in model.kept:
+            model.kept[name] = function(model)
+        return model.kept[name]
+
+    return kept
+
 
 @dataclass(frozen=True)
 class QKWeights:
     """Query and key weights of every head, raw, in float64; keys repeated per query head.
 
-    q = (x̂ * gain + shift) W_Q + b_Q, k likewise, score = q·k / scale. `centred` says whether
+    q = (x̂ * gain + shift) W_Q + b_Q, k likewise, score = q·k / divisor. `centred` says whether
     x̂ is x minus its mean (LayerNorm) or not (RMSNorm). Missing biases and shifts are zeros.
     """
 
@@ -77,8 +169,13 @@ class QKWeights:
     b_K: Float[Tensor, "layer head r"]
     gain: Float[Tensor, "layer d"]
     shift: Float[Tensor, "layer d"]
-    scale: Float[Tensor, "layer"]
+    divisor: Float[Tensor, "layer"]
     centred: bool
+
+
+def chosen_model() -> str:
+    """The model that is asked for: the environment variable MODEL, or the shipped one."""
+    return os.environ.get("MODEL") or DEFAULT_MODEL
 
 
 def load_model(
@@ -91,10 +188,10 @@ def load_model(
     None means the environment variable MODEL, or `gpt2-ioi` if it is not set. The device is a
     GPU where there is one. Raises ModelError, in one line, for whatever cannot be loaded.
     """
-    name = str(name_or_directory or os.environ.get("MODEL") or "gpt2-ioi")
+    name = str(name_or_directory or chosen_model())
     if dtype not in (torch.float32, torch.float64):
         raise ModelError(f"dtype {dtype} cannot be used: choose torch.float32 or torch.float64")
-    if name != "gpt2-small":
+    if name not in HUB_MODELS:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     if name == "smollm2-135m":
         hf_model, tokenizer = load_smollm2(dtype)
@@ -241,12 +338,6 @@ def _run(
     return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, 0]
 
 
-def score_divisors(model: Model) -> Float[Tensor, "layer"]:
-    """What q·k is divided by to give the score: √r, times layer + 1 where the model says so."""
-    divisors = [1 / block.attn.original_component.scaling for block in model.bridge.blocks]
-    return torch.tensor(divisors, dtype=torch.float64, device=model.device)
-
-
 def qk_weights(model: Model) -> QKWeights:
     """Query and key weights, norm gain and shift, and score divisor of every head, in float64."""
     blocks = model.bridge.blocks
@@ -269,6 +360,6 @@ def qk_weights(model: Model) -> QKWeights:
         b_K=biases("b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
         gain=gain,
         shift=torch.zeros_like(gain) if shifts[0] is None else stack(shifts),
-        scale=score_divisors(model),
+        divisor=model.divisor,
         centred=not blocks[0].ln1.uses_rms_norm,
     )

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_signals.core.model import Model
 from sparse_signals.core.sentences import NAMES, OBJECTS, PLACES, TEMPLATES, Template
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class Batch:
     roles: dict[str, Int[Tensor, "prompt"]]
     io: Int[Tensor, "prompt"] | None
     s: Int[Tensor, "prompt"] | None
+
+    @property
+    def last(self) -> Int[Tensor, "prompt"]:
+        """The position of the last token of every prompt."""
+        return self.mask.sum(1) - 1
+
+    def answers(self, what: str) -> Int[Tensor, "prompt 2"]:
+        """The token ids of IO and S. Raises PromptError, naming `what` needs them, without."""
+        if self.io is None or self.s is None:
+            raise PromptError(f"{what} needs prompts with two names, IO and S")
+        return torch.stack([self.io, self.s], dim=1)
 
     def rows(self, rows: slice) -> "Batch":
         """Some of the prompts, as a batch of the same width."""
@@ -134,11 +146,6 @@ def fill(text: str, slots: dict[str, str]) -> str:
     return re.sub(r"\[([A-Z]+)\]", lambda match: slots[match[1]], text)
 
 
-def read_prompts(path: str | Path, names: Sequence[str] = NAMES) -> pd.DataFrame:
-    """Read prompts with two names each: `read_texts`, then `with_names`."""
-    return with_names(read_texts(path), names)
-
-
 def read_texts(path: str | Path) -> pd.DataFrame:
     """Read prompts from a .txt file (one a line) or a .csv file (text and, if known, io and s).
 
@@ -187,18 +194,17 @@ def _infer_names(row: dict, names: Sequence[str]) -> dict:
 
 
 def encode(
-    prompts: pd.DataFrame | Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    bos: bool,
-    max_length: int,
+    model: Model, prompts: pd.DataFrame | Sequence[str], *, bos: bool | None = None
 ) -> Batch:
     """Tokenise prompts, pad them on the right and find the positions of their roles.
 
-    `bos` puts the tokenizer's beginning-of-sequence token in front; `max_length` counts it.
-    Raises PromptError for no prompts, an empty or too long one, an unknown word, a name that is
-    not a single token or not where it should be.
+    `bos` puts the tokenizer's beginning-of-sequence token in front (None: where the model had it
+    in training). Raises PromptError for a model without tokenizer, no prompts, an empty or too
+    long one, an unknown word, a name that is not a single token or not where it should be.
     """
+    tokenizer, bos = model.tokenizer, model.bos if bos is None else bos
+    if tokenizer is None:
+        raise PromptError(f"{model.name} has no tokenizer: put its tokenizer.json beside the model")
     table = prompts if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"text": list(prompts)})
     if not len(table):
         raise PromptError("no prompts given")
@@ -207,7 +213,7 @@ def encode(
     if None in start:
         raise PromptError("the tokenizer has no beginning-of-sequence token")
     rows = [start + _token_ids(text, tokenizer) for text in table["text"]]
-    _check_lengths(rows, table["text"], max_length)
+    _check_lengths(rows, table["text"], model.n_ctx)
     tokens, mask = _pad(rows, tokenizer)
     labels = [[tokenizer.decode([token]) for token in row] for row in rows]
     if not {"io", "s"} <= set(table.columns):

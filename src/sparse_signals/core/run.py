@@ -1,161 +1,149 @@
-"""Chapter 4: the residual stream of a model as an exact sum of what its components wrote.
+"""Chapter 4: what a model did on some prompts, and the residual stream as an exact sum.
 
 x_t = embedding + position + Σ heads + Σ output biases + Σ MLPs. A value bias passes through
 attention unchanged, because the weights of a row sum to 1: it counts as an output bias, and a head
 is what it moved. Components are ordered so that those before any layer come first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model, activations, score_divisors
+from sparse_signals.core.model import Model, activations
 from sparse_signals.core.prompts import Batch
 
-BIAS_ROW = "bias row"
 CHUNK_BYTES = 2**29  # what all components write on the prompts of one chunk
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What the heads of a model did on a batch of prompts (queries and keys rotated, if rotary)."""
-
-    q: Float[Tensor, "layer prompt head pos r"]
-    k: Float[Tensor, "layer prompt head pos r"]
-    pattern: Float[Tensor, "layer prompt head dest src"]
-    mask: Bool[Tensor, "prompt pos"]
-    scale: Float[Tensor, "layer"]
-
-
-def read_attention(
-    model: Model,
-    tokens: Int[Tensor, "prompt pos"],
-    mask: Bool[Tensor, "prompt pos"],
-    progress: bool = False,
-) -> Attention:
-    """Run the model and keep the queries, keys and attention weights of every head."""
-    cache = activations(model, tokens, ("q", "k", "pattern"), progress=progress)
-    mask = mask.to(model.device)
-    return Attention(cache["q"], cache["k"], cache["pattern"], mask, score_divisors(model))
+KEPT = ("q", "k", "v", "z", "pattern", "mlp", "scale")  # second dimension: prompts
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a model did on a batch: attention of its heads, and what every component wrote.
+    """What a model did on a batch of prompts.
 
-    `scale` is what each layer's normalisation divided by; values are without their bias.
+    Queries and keys as they enter the score (rotated, if rotary); values and z, what heads moved,
+    without the value bias, all of them repeated per query head; `mlp` what MLPs wrote; `scale`
+    what each layer's first normalisation divided by. `space` is memory for `outputs`, if given;
+    `removed` was taken from what components wrote, where the model ran without a part of it.
     """
 
-    tokens: Int[Tensor, "prompt pos"]
-    attention: Attention
-    outputs: Float[Tensor, "prompt pos component d"]
-    scale: Float[Tensor, "layer prompt pos"]
+    model: Model
+    batch: Batch
+    q: Float[Tensor, "layer prompt head pos r"]
+    k: Float[Tensor, "layer prompt head pos r"]
     v: Float[Tensor, "layer prompt head pos r"]
+    z: Float[Tensor, "layer prompt head pos r"]
+    pattern: Float[Tensor, "layer prompt head dest src"]
+    mlp: Float[Tensor, "layer prompt pos d"]
+    scale: Float[Tensor, "layer prompt pos"]
+    space: Float[Tensor, "some pos component d"] | None = None
+    removed: Float[Tensor, "prompt pos component d"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch.tokens)
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "prompt pos"]:
+        """The tokens of the prompts, where the model is."""
+        return self.batch.tokens.to(self.model.device)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "prompt pos"]:
+        """Which tokens are no padding, where the model is."""
+        return self.batch.mask.to(self.model.device)
+
+    def rows(
+        self, rows: slice, space: Float[Tensor, "some pos component d"] | None = None
+    ) -> "Run":
+        """The same run, of some of the prompts."""
+        parts = [getattr(self, name)[:, rows] for name in KEPT]
+        removed = None if self.removed is None else self.removed[rows]
+        return Run(self.model, self.batch.rows(rows), *parts, space, removed)
+
+    def chunks(self) -> Iterator[tuple[slice, "Run"]]:
+        """The run in pieces whose outputs fit in memory; each takes the memory of the one before.
+
+        So the outputs of a piece are gone when the next one is there.
+        """
+        chunks = fitting_rows(self.model, self.batch)
+        space = new_outputs(self.model, chunks[0].stop, self.tokens.shape[1])
+        for rows in chunks:
+            yield rows, self.rows(rows, space)
+
+    @cached_property
+    def outputs(self) -> Float[Tensor, "prompt pos component d"]:
+        """What every component of `Model.components` wrote, but for the bias row.
+
+        Head outputs cost P·T·L·H·r·d multiplications, the first time.
+        """
+        model, space = self.model, self.space
+        outputs = new_outputs(model, *self.tokens.shape) if space is None else space[: len(self)]
+        written, (layers, heads) = outputs.movedim(2, 0), (model.n_layers, model.n_heads)
+        written[0] = model.bridge.embed.W_E[self.tokens]
+        if not model.rotary:
+            written[1] = model.bridge.pos_embed.W_pos[: self.tokens.shape[1]]
+        each = written[-layers * (heads + 2) :].unflatten(0, (layers, heads + 2))
+        for layer in range(layers):
+            rows = self.z[layer].transpose(0, 1).flatten(1, 2)
+            torch.matmul(rows, model.writers.W_O[layer], out=each[layer, :heads].flatten(1, 2))
+            each[layer, heads] = model.writers.bias[layer]
+            each[layer, heads + 1] = self.mlp[layer]
+        return outputs if self.removed is None else outputs - self.removed
 
 
-@dataclass(frozen=True)
-class Writers:
-    """Output weights of every head (values repeated per query head), and the output biases."""
-
-    W_O: Float[Tensor, "layer head r d"]
-    b_V: Float[Tensor, "layer head r"]
-    bias: Float[Tensor, "layer d"]
-
-
-def component_table(model: Model) -> pd.DataFrame:
-    """The components in order: component, kind, layer, head (−1 where there is none), height.
-
-    `height` is where a chart draws it. The last one, "bias row", is no part of the residual
-    stream: it is the constant 1 of x̃, through which query, key and normalisation biases act.
-    """
-    rows = [("embedding", "embedding", -1, -1, -1.0)]
-    if not model.rotary:
-        rows.append(("position", "position", -1, -1, -1.0))
-    for layer in range(model.n_layers):
-        heads = range(model.n_heads)
-        rows += [(f"{layer}.{head}", "head", layer, head, float(layer)) for head in heads]
-        rows.append((f"bias {layer}", "bias", layer, -1, layer + 0.3))
-        rows.append((f"MLP {layer}", "MLP", layer, -1, layer + 0.5))
-    rows.append((BIAS_ROW, "bias row", -1, -1, -1.0))
-    return pd.DataFrame(rows, columns=["component", "kind", "layer", "head", "height"])
-
-
-def fitting_rows(model: Model, batch: Batch, limit: int) -> list[slice]:
-    """Prompts in chunks: all outputs of the components of a chunk fit into `limit` bytes."""
-    prompts, length = batch.tokens.shape
-    components = len(component_table(model)) - 1
-    step = max(1, limit // (length * components * model.d_model * model.dtype.itemsize))
-    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
-
-
-def writers(model: Model) -> Writers:
-    """How heads write, in the dtype of the model. b_V W_O is part of the bias of the layer."""
-    blocks = [block.attn for block in model.bridge.blocks]
-    groups = model.n_heads // model.n_kv_heads
-    W_O = torch.stack([attn.W_O for attn in blocks])
-    b_V = W_O.new_zeros(model.n_layers, model.n_kv_heads, model.d_head)
-    if blocks[0].b_V is not None:
-        b_V = torch.stack([attn.b_V for attn in blocks])
-    b_V = b_V.repeat_interleave(groups, dim=1)
-    bias = torch.einsum("lhr,lhrd->ld", b_V, W_O)
-    if blocks[0].b_O is not None:
-        bias = bias + torch.stack([attn.b_O for attn in blocks])
-    return Writers(W_O, b_V, bias)
-
-
-def new_outputs(model: Model, prompts: int, length: int) -> Float[Tensor, "prompt pos component d"]:
-    """Space for `Run.outputs`, components first in memory: each is written where it belongs."""
-    components = len(component_table(model)) - 1
-    size = components, prompts, length, model.d_model
-    return torch.empty(size, dtype=model.dtype, device=model.device).movedim(0, 2)
-
-
-def run_model(
+def run(
     model: Model,
-    tokens: Int[Tensor, "prompt pos"],
-    mask: Bool[Tensor, "prompt pos"],
+    batch: Batch,
+    *,
     space: Float[Tensor, "some pos component d"] | None = None,
+    progress: bool = False,
 ) -> Run:
-    """Run the model once; split what it wrote into components. Head outputs cost P·T·L·H·r·d.
+    """Run a model on a batch of prompts, and keep what its heads and MLPs did.
 
     `space` (from `new_outputs`, for at least as many prompts) spares the time that the operating
     system takes for new memory; the next run that uses it overwrites the outputs of this one.
     """
-    cache = activations(model, tokens, ("q", "k", "v", "z", "pattern", "mlp_out", "scale"))
-    mask, tokens = mask.to(model.device), tokens.to(model.device)
-    attention = Attention(cache["q"], cache["k"], cache["pattern"], mask, score_divisors(model))
-    out = writers(model)
-    outputs = new_outputs(model, *tokens.shape) if space is None else space[: len(tokens)]
-    z, v = (cache[name] - out.b_V[:, None, :, None] for name in ("z", "v"))
-    _write(outputs, model, tokens, out, z, cache["mlp_out"])
-    return Run(tokens, attention, outputs, cache["scale"], v)
+    names = ("q", "k", "v", "z", "pattern", "mlp_out", "scale")
+    cache = activations(model, batch.tokens, names, progress=progress)
+    b_V = model.writers.b_V[:, None, :, None]
+    return Run(
+        model,
+        batch,
+        cache["q"],
+        cache["k"],
+        cache["v"] - b_V,
+        cache["z"] - b_V,
+        cache["pattern"],
+        cache["mlp_out"],
+        cache["scale"],
+        space,
+    )
 
 
-def _write(
-    outputs: Float[Tensor, "prompt pos component d"],
-    model: Model,
-    tokens: Int[Tensor, "prompt pos"],
-    out: Writers,
-    z: Float[Tensor, "layer prompt head pos r"],
-    mlp: Float[Tensor, "layer prompt pos d"],
-) -> None:
-    layers, heads, length = len(z), z.shape[2], z.shape[3]
-    written = outputs.movedim(2, 0)
-    first = len(written) - layers * (heads + 2)
-    written[0] = model.bridge.embed.W_E[tokens]
-    if not model.rotary:
-        written[1] = model.bridge.pos_embed.W_pos[:length]
-    each = written[first:].unflatten(0, (layers, heads + 2))
-    for layer in range(layers):
-        rows = z[layer].transpose(0, 1).flatten(1, 2)
-        torch.matmul(rows, out.W_O[layer], out=each[layer, :heads].flatten(1, 2))
-        each[layer, heads] = out.bias[layer]
-        each[layer, heads + 1] = mlp[layer]
+def runs(model: Model, batch: Batch, limit: int | None = None) -> Iterator[tuple[slice, Run]]:
+    """A run of every chunk of prompts that fits into `limit` bytes (`CHUNK_BYTES`), in turn.
+
+    As for `Run.chunks`, the outputs of one are gone when the next one is there.
+    """
+    chunks = fitting_rows(model, batch, limit)
+    space = new_outputs(model, chunks[0].stop, batch.tokens.shape[1])
+    for rows in chunks:
+        yield rows, run(model, batch.rows(rows), space=space)
 
 
-def chunk_rows(model: Model, batch: Batch) -> list[slice]:
-    """Prompts that are traced together."""
-    return fitting_rows(model, batch, CHUNK_BYTES)
+def fitting_rows(model: Model, batch: Batch, limit: int | None = None) -> list[slice]:
+    """Prompts in chunks: all outputs of a chunk fit into `limit` bytes (`CHUNK_BYTES`)."""
+    limit = limit or CHUNK_BYTES
+    prompts, length = batch.tokens.shape
+    components = len(model.components) - 1
+    step = max(1, limit // (length * components * model.d_model * model.dtype.itemsize))
+    return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+
+
+def new_outputs(model: Model, prompts: int, length: int) -> Float[Tensor, "prompt pos component d"]:
+    """Space for `Run.outputs`, components first in memory: each is written where it belongs."""
+    size = len(model.components) - 1, prompts, length, model.d_model
+    return torch.empty(size, dtype=model.dtype, device=model.device).movedim(0, 2)

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+DRAWS = 1000  # of a bootstrap
+
 
 def participation_ratio(weights: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
     """(Σ|w|)² / Σw²: how many of n entries share the weight; 1 if one has all, n if all equal."""

@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparse_signals.core.run import Attention
+from sparse_signals.core.run import Run
 from sparse_signals.core.stats import tidy
 from sparse_signals.heads.svd import QKForms
 
 PARTS = ("content", "source", "destination", "constant")
 
 
-def scores(attention: Attention) -> Float[Tensor, "layer prompt head dest src"]:
+def scores(run: Run) -> Float[Tensor, "layer prompt head dest src"]:
     """a_ij = q_i·k_j / √r for every pair of tokens, future ones and padding included."""
-    raw = attention.q @ attention.k.mT
-    return raw / attention.scale.to(raw.dtype)[:, None, None, None, None]
+    raw = run.q @ run.k.mT
+    return raw / run.model.divisor.to(raw.dtype)[:, None, None, None, None]
 
 
 def bilinear_scores(
@@ -25,7 +25,7 @@ def bilinear_scores(
     """a_ij = x̃_iᵀ A Bᵀ x̃_j / √r from the normalised residual stream x̂ (no rotary positions)."""
     x1 = torch.cat([x.double(), x.new_ones(*x.shape[:-1], 1, dtype=torch.float64)], dim=-1)
     left, right = x1 @ forms.A[layer, head], x1 @ forms.B[layer, head]
-    return left @ right.mT / forms.scale[layer]
+    return left @ right.mT / forms.divisor[layer]
 
 
 def score_parts(
@@ -36,12 +36,12 @@ def score_parts(
     With A = [A₀ ; α] and B = [B₀ ; β]: content x̂_iᵀA₀B₀ᵀx̂_j, source αᵀB₀ᵀx̂_j, destination
     x̂_iᵀA₀β and constant αᵀβ, each divided by √r. Softmax over j never sees the last two.
     """
-    x, forms = x.double(), QKForms(forms.A.to(x.device), forms.B.to(x.device), forms.scale)
+    x, forms = x.double(), QKForms(forms.A.to(x.device), forms.B.to(x.device), forms.divisor)
     left = torch.einsum("lpid,lhdr->lphir", x, forms.A[:, :, :-1])
     right = torch.einsum("lpjd,lhdr->lphjr", x, forms.B[:, :, :-1])
     alpha, beta = forms.A[:, None, :, -1:], forms.B[:, None, :, -1:]
     blocks = (left @ right.mT, alpha @ right.mT, left @ beta.mT, alpha @ beta.mT)
-    scale = forms.scale.to(x.device)[:, None, None, None, None]
+    scale = forms.divisor.to(x.device)[:, None, None, None, None]
     return torch.stack(torch.broadcast_tensors(*blocks)) / scale
 
 

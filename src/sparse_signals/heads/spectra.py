@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.core.run import Attention
+from sparse_signals.core.model import head_name
+from sparse_signals.core.run import Run
 from sparse_signals.core.stats import participation_ratio, random_rotation
-from sparse_signals.heads.svd import HeadSVD, QKForms
+from sparse_signals.heads.svd import HeadSVD, QKForms, head_svd
 
 NULLS = ("shape", "norms", "factors")
 
@@ -123,7 +124,7 @@ def _head_rows(shape: Sequence[int], columns: dict, names: list[str]) -> pd.Data
     index = pd.MultiIndex.from_product([range(n) for n in shape], names=names)
     flat = {name: np.asarray(values).ravel() for name, values in columns.items()}
     table = pd.DataFrame(flat, index=index).reset_index()
-    return table.assign(name=table["layer"].astype(str) + "." + table["head"].astype(str))
+    return table.assign(name=head_name(table["layer"], table["head"]))
 
 
 def random_flatness(n: int, r: int, draws: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -145,7 +146,7 @@ def perturbed(forms: QKForms, size: float, seed: int = 0) -> QKForms:
         noise = torch.from_numpy(rng.standard_normal(M.shape)).to(M.device)
         return M + size * noise * (M.norm(dim=(-2, -1)) / noise.norm(dim=(-2, -1)))[..., None, None]
 
-    return QKForms(shaken(forms.A), shaken(forms.B), forms.scale)
+    return QKForms(shaken(forms.A), shaken(forms.B), forms.divisor)
 
 
 def turning(svd: HeadSVD, after: HeadSVD) -> pd.DataFrame:
@@ -169,24 +170,24 @@ def turning(svd: HeadSVD, after: HeadSVD) -> pd.DataFrame:
 # --- what the coordinates are on real tokens -----------------------------------------------------
 
 
-def coordinate_table(svd: HeadSVD, attention: Attention, layer: int, head: int) -> pd.DataFrame:
+def coordinate_table(run: Run, layer: int, head: int) -> pd.DataFrame:
     """x̃·u_k and x̃·v_k of every token in one head, from q and k: prompt, pos, k, u, v."""
-    dest = attention.q[layer, :, head].double() @ svd.dest_map[layer, head]
-    src = attention.k[layer, :, head].double() @ svd.src_map[layer, head]
+    svd = head_svd(run.model)
+    dest = run.q[layer, :, head].double() @ svd.dest_map[layer, head]
+    src = run.k[layer, :, head].double() @ svd.src_map[layer, head]
     index = [range(n) for n in dest.shape]
     table = pd.MultiIndex.from_product(index, names=["prompt", "pos", "k"]).to_frame(index=False)
     table = table.assign(u=dest.flatten().cpu().numpy(), v=src.flatten().cpu().numpy())
-    return table[attention.mask.cpu().numpy()[table["prompt"], table["pos"]]]
+    return table[run.mask.cpu().numpy()[table["prompt"], table["pos"]]]
 
 
-def partial_scores(
-    svd: HeadSVD, attention: Attention, layer: int, head: int, prompt: int
-) -> pd.DataFrame:
+def partial_scores(run: Run, layer: int, head: int, prompt: int) -> pd.DataFrame:
     """Scores of one prompt from the first K singular pairs: dest, src ≤ dest, K, score."""
-    length = int(attention.mask[prompt].sum())
-    dest = attention.q[layer, prompt, head, :length].double() @ svd.dest_map[layer, head]
-    src = attention.k[layer, prompt, head, :length].double() @ svd.src_map[layer, head]
-    weight = svd.S[layer, head] / svd.scale[layer]
+    svd = head_svd(run.model)
+    length = int(run.mask[prompt].sum())
+    dest = run.q[layer, prompt, head, :length].double() @ svd.dest_map[layer, head]
+    src = run.k[layer, prompt, head, :length].double() @ svd.src_map[layer, head]
+    weight = svd.S[layer, head] / svd.divisor[layer]
     sums = torch.einsum("ik,k,jk->ijk", dest, weight, src).cumsum(-1).cpu()
     i, j = torch.tril_indices(length, length)
     rank = sums.shape[-1]
@@ -196,7 +197,7 @@ def partial_scores(
 
 
 def choices_kept(
-    svd: HeadSVD, attention: Attention, counts: Sequence[int], draws: int = 10, seed: int = 0
+    run: Run, counts: Sequence[int], draws: int = 10, seed: int = 0
 ) -> tuple[Int[Tensor, "basis count layer head prompt"], Int[Tensor, "prompt"]]:
     """Of how many destinations K directions still find the most attended source.
 
@@ -205,14 +206,15 @@ def choices_kept(
     The first token is no candidate, so that destinations have two sources or more. Returns the
     right choices, and out of how many.
     """
-    rank, size = svd.S.shape[-1], attention.mask.shape[-1]
+    svd = head_svd(run.model)
+    rank, size = svd.S.shape[-1], run.mask.shape[-1]
     turns = [torch.eye(rank, dtype=torch.float64)]
     turns += [random_rotation(rank, seed + n) for n in range(draws)]
-    pos = torch.arange(size, device=attention.mask.device)
+    pos = torch.arange(size, device=run.mask.device)
     hidden = (pos[None] > pos[:, None]) | (pos[None] < 1)
-    real = attention.mask & (pos >= 2)
-    dest = attention.q.double() @ svd.dest_map[:, None]
-    src = attention.k.double() @ (svd.src_map * svd.S.unsqueeze(-2))[:, None]
+    real = run.mask & (pos >= 2)
+    dest = run.q.double() @ svd.dest_map[:, None]
+    src = run.k.double() @ (svd.src_map * svd.S.unsqueeze(-2))[:, None]
     best = (dest @ src.mT).masked_fill_(hidden, -torch.inf).argmax(-1)
     right = torch.zeros(len(turns), len(counts), *svd.S.shape[:2], len(real), dtype=torch.long)
     for b, turn in enumerate(turns):

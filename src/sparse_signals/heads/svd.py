@@ -12,17 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_signals.core.model import Model, qk_weights
+from sparse_signals.core.model import Model, head_name, once_per_model, qk_weights
 from sparse_signals.core.stats import participation_ratio
 
 
 @dataclass(frozen=True)
 class QKForms:
-    """The QK form Ω = A Bᵀ of every head, kept in factors; `scale` is what scores divide by."""
+    """The QK form Ω = A Bᵀ of every head, kept in factors; scores are divided by `divisor`."""
 
     A: Float[Tensor, "layer head d1 r"]
     B: Float[Tensor, "layer head d1 r"]
-    scale: Float[Tensor, "layer"]
+    divisor: Float[Tensor, "layer"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class HeadSVD:
     V: Float[Tensor, "layer head d1 r"]
     dest_map: Float[Tensor, "layer head r r"]
     src_map: Float[Tensor, "layer head r r"]
-    scale: Float[Tensor, "layer"]
+    divisor: Float[Tensor, "layer"]
 
 
+@once_per_model
 def qk_forms(model: Model) -> QKForms:
     """Fold normalisation and biases into the QK form of every head.
 
@@ -52,7 +53,7 @@ def qk_forms(model: Model) -> QKForms:
     w = qk_weights(model)
     A = _fold(w.W_Q, w.b_Q, w.gain, w.shift, w.centred)
     B = _fold(w.W_K, w.b_K, w.gain, w.shift, w.centred)
-    return QKForms(A, B, w.scale)
+    return QKForms(A, B, w.divisor)
 
 
 def _fold(
@@ -69,14 +70,23 @@ def _fold(
     return torch.cat([rows, bias.unsqueeze(-2)], dim=-2)
 
 
-def head_svd(forms: QKForms) -> HeadSVD:
-    """SVD of every Ω = A Bᵀ without forming it.
+def head_svd(of: Model | QKForms) -> HeadSVD:
+    """SVD of every Ω = A Bᵀ without forming it, of a model (computed once) or of given forms.
 
     Thin QR of both factors, A = Q_A R_A and B = Q_B R_B, then the SVD of the r×r matrix
     R_A R_Bᵀ = Û S V̂ᵀ: U = Q_A Û, V = Q_B V̂. Since Ω V = U S, the coordinates of a token
     follow from its query alone, x̃ᵀU = q (R_Bᵀ V̂) / S, and from its key alone, x̃ᵀV = k (R_Aᵀ Û) / S.
     Signs are canonical: the entry of largest magnitude of each u is positive.
     """
+    return _svd(of) if isinstance(of, QKForms) else _model_svd(of)
+
+
+@once_per_model
+def _model_svd(model: Model) -> HeadSVD:
+    return _svd(qk_forms(model))
+
+
+def _svd(forms: QKForms) -> HeadSVD:
     QA, RA = torch.linalg.qr(forms.A.double())
     QB, RB = torch.linalg.qr(forms.B.double())
     U_small, S, Vh_small = torch.linalg.svd(RA @ RB.mT)
@@ -92,19 +102,8 @@ def head_svd(forms: QKForms) -> HeadSVD:
         V=QB @ V_small,
         dest_map=RB.mT @ V_small * inverse,
         src_map=RA.mT @ U_small * inverse,
-        scale=forms.scale,
+        divisor=forms.divisor,
     )
-
-
-def spectrum_table(svd: HeadSVD) -> pd.DataFrame:
-    """One row per head and singular value: layer, head, k, sigma, share of Σσ²."""
-    layers, heads, rank = svd.S.shape
-    index = pd.MultiIndex.from_product(
-        [range(layers), range(heads), range(rank)], names=["layer", "head", "k"]
-    )
-    energy = svd.S**2 / (svd.S**2).sum(-1, keepdim=True)
-    columns = {"sigma": svd.S.flatten().cpu(), "share": energy.flatten().cpu()}
-    return pd.DataFrame({k: v.numpy() for k, v in columns.items()}, index=index).reset_index()
 
 
 def head_table(svd: HeadSVD) -> pd.DataFrame:
@@ -121,5 +120,4 @@ def head_table(svd: HeadSVD) -> pd.DataFrame:
     }
     flat = {name: values.flatten().cpu().numpy() for name, values in columns.items()}
     table = pd.DataFrame(flat, index=index).reset_index()
-    names = table["layer"].astype(str) + "." + table["head"].astype(str)
-    return table.assign(name=names)
+    return table.assign(name=head_name(table["layer"], table["head"]))

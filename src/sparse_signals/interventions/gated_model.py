@@ -15,11 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model
-from sparse_signals.core.prompts import INTACT, Batch, PromptError, role_numbers, token_roles
-from sparse_signals.core.run import Writers, component_table, fitting_rows, run_model, writers
-from sparse_signals.heads.svd import QKForms, qk_forms
-from sparse_signals.interventions.forward import (
+from sparse_signals.core.forward import (
     attend,
     embedded,
     name_difference,
@@ -27,6 +23,10 @@ from sparse_signals.interventions.forward import (
     queries_and_keys,
     values,
 )
+from sparse_signals.core.model import Model
+from sparse_signals.core.prompts import INTACT, Batch, PromptError, role_numbers, token_roles
+from sparse_signals.core.run import Writers, component_table, fitting_rows, run_model, writers
+from sparse_signals.heads.svd import QKForms, qk_forms
 
 ABLATIONS = ("mean", "resample")
 CHUNK_BYTES = 2**26  # what all components of a chunk of prompts wrote; a gradient keeps many copies

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_signals.core.forward import run_without
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import Run, chunk_rows
 from sparse_signals.core.stats import prompt_draws
 from sparse_signals.interventions.disjoint_paths import EMBEDDINGS, best_paths
 from sparse_signals.interventions.edge_signals import by_reader, column, read_signals, solve
-from sparse_signals.interventions.forward import run_without
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
 from sparse_signals.tracing.contributions import Settings, Weights, contributions
 from sparse_signals.tracing.roots import Root, check_roots, matches

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_signals.core.model import Model
 from sparse_signals.core.stats import bootstrap, random_rotation
-from sparse_signals.heads.svd import HeadSVD
+from sparse_signals.heads.svd import head_svd
 from sparse_signals.signals.firings import Pairs
 from sparse_signals.signals.slices import Coordinates, sparsity
 
@@ -30,9 +31,10 @@ def rotation_sparsity(coords: Coordinates, repeats: int = 20, seed: int = 0) -> 
     return sum(sparsity(rotated(coords, turn).slices) for turn in turns) / repeats
 
 
-def whitened(coords: Coordinates, svd: HeadSVD, pairs: Pairs) -> Coordinates:
+def whitened(coords: Coordinates, model: Model, pairs: Pairs) -> Coordinates:
     """All of σ moved to the source side: rotating these forgets which directions are strong."""
-    root = (svd.S / svd.scale[:, None, None]).sqrt()[pairs.layer, pairs.head]
+    svd = head_svd(model)
+    root = (svd.S / svd.divisor[:, None, None]).sqrt()[pairs.layer, pairs.head]
     safe = torch.where(root > 0, root, 1.0)
     return Coordinates(coords.dest / safe, coords.src * root)
 
@@ -99,13 +101,13 @@ def sparser_heads(
     return pd.concat(parts, ignore_index=True).rename(columns={"value": "difference"})[columns]
 
 
-def labelled(pairs: Pairs, sparse: pd.DataFrame, basis: str, kind: str) -> pd.DataFrame:
+def sparsity_table(pairs: Pairs, sparse: pd.DataFrame, basis: str, kind: str) -> pd.DataFrame:
     """Sparsity measures with the head and prompt of each pair, the basis, and the kind of pairs."""
     return pairs.table()[["name", "prompt"]].join(sparse).assign(basis=basis, pairs=kind)
 
 
 def intervals(codes: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean and 95 % interval of every sparsity measure, for each group of rows of `labelled`."""
+    """Mean and 95 % interval of every sparsity measure, for each group of a `sparsity_table`."""
     groups = codes.groupby(by, sort=False)
     parts = {
         key: bootstrap(group.drop(columns=["name", "prompt", *by]), group["prompt"].to_numpy())

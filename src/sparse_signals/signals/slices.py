@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.matmul import grouped_matmul
-from sparse_signals.core.run import Attention
+from sparse_signals.core.model import Model, once_per_model
+from sparse_signals.core.run import Run
 from sparse_signals.core.stats import participation_ratio
-from sparse_signals.heads.svd import HeadSVD
+from sparse_signals.heads.svd import HeadSVD, head_svd
 from sparse_signals.signals.firings import Pairs
 
 
@@ -36,7 +37,7 @@ class Coordinates:
 
 
 @dataclass(frozen=True)
-class SliceMaps:
+class Basis:
     """A basis of every head: q @ dest and k @ src are the two sides of its slices.
 
     Any orthogonal matrix applied to both gives another exact slicing of the same scores.
@@ -45,15 +46,35 @@ class SliceMaps:
     dest: Float[Tensor, "layer head r r"]
     src: Float[Tensor, "layer head r r"]
 
+    def turned(self, rotation: Float[Tensor, "r r"]) -> "Basis":
+        """The basis after a rotation, the same one in every head."""
+        rotation = rotation.to(self.dest)
+        return Basis(self.dest @ rotation, self.src @ rotation)
 
-def slice_maps(svd: HeadSVD) -> SliceMaps:
+
+def singular_basis(svd: HeadSVD) -> Basis:
     """The SVD basis: q @ dest = x̃ᵀU √(σ/√r) and k @ src = x̃ᵀV √(σ/√r)."""
-    root = (svd.S / svd.scale[:, None, None]).sqrt().unsqueeze(-2)
-    return SliceMaps(svd.dest_map * root, svd.src_map * root)
+    root = (svd.S / svd.divisor[:, None, None]).sqrt().unsqueeze(-2)
+    return Basis(svd.dest_map * root, svd.src_map * root)
+
+
+@once_per_model
+def model_basis(model: Model) -> Basis:
+    """The SVD basis of every head of a model."""
+    return singular_basis(head_svd(model))
+
+
+def slices(run: Run, pairs: Pairs, basis: Basis | None = None) -> Float[Tensor, "pair r"]:
+    """p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r of every pair, in float64: they sum to its score.
+
+    In softmax units; in the SVD basis of the head, or in another one.
+    Source: Franco and Crovella 2024, section 3.
+    """
+    return coordinates(run, pairs, basis).slices
 
 
 def coordinates(
-    basis: HeadSVD | SliceMaps, attention: Attention, pairs: Pairs, relative: bool = False
+    run: Run, pairs: Pairs, basis: Basis | None = None, relative: bool = False
 ) -> Coordinates:
     """Slice coordinates of every pair in the SVD basis of its head (or another), in float64.
 
@@ -61,30 +82,30 @@ def coordinates(
     so the slices sum to the relative score a_ij − mean_j' a_ij', which softmax cannot shift.
     Source: Franco and Crovella 2024, section 3; 2025 for relative attention.
     """
-    maps = slice_maps(basis) if isinstance(basis, HeadSVD) else basis
-    k = (_relative_keys if relative else _keys)(attention, pairs)
-    q = _queries(attention, pairs)
-    return Coordinates(by_head(q, maps.dest, pairs), by_head(k, maps.src, pairs))
+    basis = basis or model_basis(run.model)
+    k = (_relative_keys if relative else _keys)(run, pairs)
+    q = _queries(run, pairs)
+    return Coordinates(by_head(q, basis.dest, pairs), by_head(k, basis.src, pairs))
 
 
-def head_coordinates(attention: Attention, pairs: Pairs) -> Coordinates:
+def head_coordinates(run: Run, pairs: Pairs) -> Coordinates:
     """The head's own (rotary) coordinates: slice k is q_k k_k / √r."""
-    root = attention.scale[pairs.layer, None].sqrt()
-    return Coordinates(_queries(attention, pairs) / root, _keys(attention, pairs) / root)
+    root = run.model.divisor[pairs.layer, None].sqrt()
+    return Coordinates(_queries(run, pairs) / root, _keys(run, pairs) / root)
 
 
-def _queries(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
-    return attention.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
+def _queries(run: Run, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return run.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
 
 
-def _keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
-    return attention.k[pairs.layer, pairs.prompt, pairs.head, pairs.src].double()
+def _keys(run: Run, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    return run.k[pairs.layer, pairs.prompt, pairs.head, pairs.src].double()
 
 
-def _relative_keys(attention: Attention, pairs: Pairs) -> Float[Tensor, "pair r"]:
-    seen = attention.k.double().cumsum(dim=-2)
+def _relative_keys(run: Run, pairs: Pairs) -> Float[Tensor, "pair r"]:
+    seen = run.k.double().cumsum(dim=-2)
     total = seen[pairs.layer, pairs.prompt, pairs.head, pairs.dest]
-    key = _keys(attention, pairs)
+    key = _keys(run, pairs)
     return key - (total - key) / pairs.dest.clamp_min(1)[:, None]
 
 
@@ -139,26 +160,25 @@ def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataF
 
 
 def signal_norm(
-    svd: HeadSVD, attention: Attention, layer: int, head: int, vectors: Int[Tensor, "chosen"]
+    run: Run, layer: int, head: int, vectors: Int[Tensor, "chosen"]
 ) -> Float[Tensor, "prompt pos"]:
     """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
-    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
+    keys = run.k[layer, :, head].double() @ head_svd(run.model).src_map[layer, head]
     return keys[..., vectors].norm(dim=-1)
 
 
-def heard(
-    svd: HeadSVD, attention: Attention, pairs: Pairs, vectors: Int[Tensor, "chosen"]
+def signal_scores(
+    run: Run, pairs: Pairs, vectors: Int[Tensor, "chosen"]
 ) -> Float[Tensor, "prompt pos"]:
-    """What the typical destination of some pairs of one head hears from every token.
+    """What every token would score with the typical destination of some pairs of one head.
 
     Σ_{k∈S} d_k s_k with d the mean destination coordinates of the pairs and s the source
     coordinates of the token: the part of its score, in softmax units, that comes by the signal.
     """
     layer, head = int(pairs.layer[0]), int(pairs.head[0])
-    dest = coordinates(svd, attention, pairs).dest.mean(0)
-    root = (svd.S / svd.scale[:, None, None])[layer, head].sqrt()
-    keys = attention.k[layer, :, head].double() @ svd.src_map[layer, head].to(attention.k.device)
-    return (keys * root.to(keys.device))[..., vectors] @ dest[vectors]
+    dest = coordinates(run, pairs).dest.mean(0)
+    src = run.k[layer, :, head].double() @ model_basis(run.model).src[layer, head]
+    return src[..., vectors] @ dest[vectors]
 
 
 def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:

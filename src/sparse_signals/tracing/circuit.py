@@ -6,6 +6,7 @@ destination and source tokens. A token may have several roles, and then its edge
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import networkx as nx
@@ -16,7 +17,7 @@ from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import atomic, write_parquet
 
 KEY = ["upstream", "downstream", "side", "dest_role", "src_role"]
-FORMATS = (".graphml", ".json", ".parquet")
+FORMATS = (".graphml", ".json", ".parquet", ".html")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,26 @@ class Circuit:
     edges: pd.DataFrame
     facts: dict[str, str]
 
+    def save(self, path: str | Path) -> Path:
+        """Write the circuit by the suffix of the path: see `FORMATS`; .html is a page to look at.
+
+        The file appears whole or not at all. Raises ValueError for another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in FORMATS:
+            raise ValueError(_wrong_suffix(path))
+        if path.suffix == ".html":
+            (page,) = entry_points(group="sparse_signals.pages", name="circuit")
+            page.load()(self, path)
+        else:
+            write_circuit(self, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read back, without loss, what `save` wrote as .graphml, .json or .parquet."""
+        return read_circuit(Path(path))
+
 
 def labelled(edges: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
     """The edges with a row for each pair of roles of their destination and source."""
@@ -58,7 +79,7 @@ def labelled(edges: pd.DataFrame, roles: pd.DataFrame) -> pd.DataFrame:
 def pool(
     edges: pd.DataFrame,
     batch: Batch,
-    quirks: Quirks | None = None,
+    quirks: Quirks = Quirks(),
     repeats: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -67,7 +88,6 @@ def pool(
     Where an edge occurs several times in a prompt its weight there is the mean. Source: Franco and
     Crovella 2024, section 5; distinct prompts, intervals and sets of roles are this book's.
     """
-    quirks = quirks or Quirks()
     roles = roles_of(batch)
     if quirks.last_role:
         roles = roles.groupby(["prompt", "pos"], as_index=False).last()
@@ -150,36 +170,33 @@ def from_graph(graph: nx.MultiDiGraph) -> Circuit:
     return Circuit(_sorted(pd.DataFrame(rows)), facts)  # GraphML adds defaults that are no facts
 
 
-def write_circuit(circuit: Circuit, path: Path) -> Path:
-    """Write a circuit as GraphML, JSON (node-link) or Parquet, by the suffix of the path."""
-    _check_suffix(path)
+def write_circuit(circuit: Circuit, path: Path) -> None:
+    """Write a circuit as GraphML, JSON (node-link) or Parquet."""
     if path.suffix == ".parquet":
         table = circuit.edges.copy()
         table.attrs = dict(circuit.facts)
         write_parquet(table, path)
-        return path
+        return
     with atomic(path) as aside:
         if path.suffix == ".json":
             data = nx.node_link_data(to_graph(circuit), edges="edges")
             aside.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
         else:
             nx.write_graphml(to_graph(circuit), aside)
-    return path
 
 
-def read_circuit(path: str | Path) -> Circuit:
+def read_circuit(path: Path) -> Circuit:
     """Read back what `write_circuit` wrote, without loss."""
-    path = Path(path)
-    _check_suffix(path)
     if path.suffix == ".parquet":
         table = pd.read_parquet(path)
         return Circuit(table, dict(table.attrs))
     if path.suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8"))
         return from_graph(nx.node_link_graph(data, edges="edges"))
-    return from_graph(nx.read_graphml(path, force_multigraph=True))
+    if path.suffix == ".graphml":
+        return from_graph(nx.read_graphml(path, force_multigraph=True))
+    raise ValueError(_wrong_suffix(path))
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in FORMATS:
-        raise ValueError(f"a circuit is kept as {', '.join(FORMATS)}, not as {path.suffix!r}")
+def _wrong_suffix(path: Path) -> str:
+    return f"a circuit is kept as {', '.join(FORMATS)}, not as {path.suffix!r}"

@@ -5,25 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparse_signals.core.model import Model, activations, logits
+from sparse_signals.core.forward import logit_difference
+from sparse_signals.core.model import Model, activations, head_name
 from sparse_signals.core.prompts import Batch, roles_of
-from sparse_signals.core.run import Run, chunk_rows, run_model
+from sparse_signals.core.run import Run
 from sparse_signals.core.stats import bootstrap
 from sparse_signals.signals.firings import Pairs
 from sparse_signals.tracing.circuit import KEY, Quirks, labelled, pool
-from sparse_signals.tracing.contributions import (
-    SIDES,
-    Contributions,
-    Settings,
-    Weights,
-    contributions,
-)
+from sparse_signals.tracing.contributions import SIDES, Contributions, Settings, contributions
 from sparse_signals.tracing.roots import Root
-from sparse_signals.tracing.trace import Trace, kept_components, trace_run
+from sparse_signals.tracing.trace import Trace, kept_components, trace_chunk
 
 PLACE = ["upstream", "downstream", "side", "dest", "src"]
 VARIED = {
@@ -33,13 +27,13 @@ VARIED = {
 }
 
 
-def kind_shares(weights: Weights, pairs: Pairs, parts: Contributions) -> pd.DataFrame:
+def kind_shares(model: Model, pairs: Pairs, parts: Contributions) -> pd.DataFrame:
     """How much of a score each kind of component carries: mean share of a side, by layer.
 
     One row per layer, side and kind: firings, share and its 95 % interval over prompts. The
     shares of a side sum to 1; some are negative.
     """
-    kinds = weights.components["kind"]
+    kinds = model.components["kind"]
     shares = (parts.values / parts.total[:, None, None]).cpu().numpy()
     layer, prompt = pairs.layer.cpu().numpy(), pairs.prompt.cpu().numpy()
     rows = []
@@ -53,32 +47,29 @@ def kind_shares(weights: Weights, pairs: Pairs, parts: Contributions) -> pd.Data
 
 
 def component_shares(
-    weights: Weights, pairs: Pairs, parts: Contributions, side: str = "dest"
+    model: Model, pairs: Pairs, parts: Contributions, side: str = "dest"
 ) -> pd.DataFrame:
     """Mean share of every component in one side of some firings, with its interval over prompts.
 
     One row per component: share = mean contribution / mean total, low, high.
     """
     values = parts.values[:, SIDES.index(side)] / parts.total.mean()
-    table = pd.DataFrame(values.cpu().numpy(), columns=weights.components["component"])
+    table = pd.DataFrame(values.cpu().numpy(), columns=model.components["component"])
     found = bootstrap(table, pairs.prompt.cpu().numpy())
     return found.rename(columns={"measure": "component", "value": "share"})
 
 
-def firing_table(
-    weights: Weights, run: Run, pair: Pairs, settings: Settings | None = None
-) -> pd.DataFrame:
+def opened_firing(run: Run, pair: Pairs, settings: Settings = Settings()) -> pd.DataFrame:
     """One firing opened: what every component contributes, over the support and over all slices.
 
     One row per component, side and slices: weight, and whether the trace keeps the component.
     """
-    settings, tables = settings or Settings(), []
-    parts = contributions(weights, run, pair, settings)
+    tables, parts = [], contributions(run, pair, settings)
     kept = kept_components(parts, settings)[0].cpu().numpy()
-    every = contributions(weights, run, pair, replace(settings, fraction=None))
+    every = contributions(run, pair, replace(settings, fraction=None))
     for slices, found in (("the support", parts), ("all slices", every)):
         for number, side in enumerate(SIDES):
-            table = weights.components[["component"]].assign(side=side, slices=slices)
+            table = run.model.components[["component"]].assign(side=side, slices=slices)
             table["weight"] = found.values[0, number].cpu().numpy()
             tables.append(table.assign(kept=kept[number])[table["weight"] != 0])
     return pd.concat(tables, ignore_index=True)
@@ -96,18 +87,16 @@ def overlap(ours: pd.DataFrame, theirs: pd.DataFrame, prompts: int) -> Float[np.
     return np.divide(shared, either, out=np.full(prompts, np.nan), where=either > 0)
 
 
-def sensitivity(
-    weights: Weights, batch: Batch, roots: Sequence[Root], weighting: str = "exact"
-) -> pd.DataFrame:
+def sensitivity(run: Run, roots: Sequence[Root], weighting: str = "exact") -> pd.DataFrame:
     """How the edges of a trace change with each setting, the others at their default.
 
     One row per setting and value: overlap with the default trace (mean over prompts, low, high)
     and the number of edges a prompt.
     """
-    base, prompts = Settings(weighting=weighting), len(batch.tokens)
+    base, prompts = Settings(weighting=weighting), len(run)
     varied = [(name, x, replace(base, **{name: x})) for name, xs in VARIED.items() for x in xs]
     settings = [base, *(variant for _, _, variant in varied)]
-    default, *others = _traced_edges(weights, batch, roots, settings)
+    default, *others = _traced_edges(run, roots, settings)
     rows = []
     for (name, value, _), edges in zip(varied, others, strict=True):
         same = pd.DataFrame({"overlap": overlap(default, edges, prompts)})
@@ -118,19 +107,17 @@ def sensitivity(
 
 
 def _traced_edges(
-    weights: Weights, batch: Batch, roots: Sequence[Root], settings: Sequence[Settings]
+    run: Run, roots: Sequence[Root], settings: Sequence[Settings]
 ) -> list[pd.DataFrame]:
     """The edges of the trace with each of the settings, with one run of the model for all."""
     edges: list[list[pd.DataFrame]] = [[] for _ in settings]
-    for rows in chunk_rows(weights.model, batch):
-        part = batch.rows(rows)
-        run = run_model(weights.model, part.tokens, part.mask)
+    for rows, part in run.chunks():
         for one, found in zip(settings, edges, strict=True):
-            found.append(trace_run(weights, run, part, roots, one, rows.start).edges)
+            found.append(trace_chunk(part, roots, one, rows.start)[1])
     return [pd.concat(tables, ignore_index=True) for tables in edges]
 
 
-def quirk_table(weights: Weights, batch: Batch, roots: Sequence[Root]) -> pd.DataFrame:
+def quirk_table(run: Run, roots: Sequence[Root]) -> pd.DataFrame:
     """The published way of tracing and pooling, and what each quirk of the released code changes.
 
     One row per quirk: edges of the pooled graph, overlap with the graph without quirks (edges with
@@ -139,7 +126,8 @@ def quirk_table(weights: Weights, batch: Batch, roots: Sequence[Root]) -> pd.Dat
     """
     plain = Settings(weighting="published")
     with_bias = replace(plain, bias_per_head=True)
-    clean, biased = _traced_edges(weights, batch, roots, [plain, with_bias])
+    batch = run.batch
+    clean, biased = _traced_edges(run, roots, [plain, with_bias])
     pooled = {"none": pool(clean, batch), "bias once per head": pool(biased, batch)}
     for name, quirk in {
         "a count per path": Quirks(double_count=True),
@@ -239,9 +227,9 @@ def ablation_effects(model: Model, batch: Batch) -> pd.DataFrame:
     The mean is over prompts and real tokens. One row per head: layer, head, name, effect (mean
     change), low, high (95 % over prompts). Source: Wang et al. 2023 for the roles it finds.
     """
-    z, last = activations(model, batch.tokens, ("z",))["z"], batch.mask.sum(1) - 1
+    z = activations(model, batch.tokens, ("z",))["z"]
     mean = z.transpose(1, 2)[:, :, batch.mask.to(z.device)].mean(2)
-    before = _differences(model, batch, last)
+    before = logit_difference(model, batch)
     changes = {}
     for layer in range(model.n_layers):
         for head in range(model.n_heads):
@@ -251,21 +239,13 @@ def ablation_effects(model: Model, batch: Batch) -> pd.DataFrame:
                 return value
 
             hooks = [(f"blocks.{layer}.attn.hook_z", write_mean)]
-            changes[f"{layer}.{head}"] = _differences(model, batch, last, hooks) - before
+            changes[head_name(layer, head)] = logit_difference(model, batch, hooks) - before
     table = pd.DataFrame({name: change.cpu().numpy() for name, change in changes.items()})
     found = bootstrap(table, np.arange(len(table)))
     return found.rename(columns={"measure": "name", "value": "effect"})
 
 
-def _differences(
-    model: Model, batch: Batch, last: Tensor, hooks: Sequence = ()
-) -> Float[Tensor, "prompt"]:
-    rows = torch.arange(len(last), device=model.device)
-    found = logits(model, batch.tokens, last, hooks)
-    return found[rows, batch.io.to(rows.device)] - found[rows, batch.s.to(rows.device)]
-
-
-def prominence(traced: Trace, model: Model, prompts: int) -> pd.DataFrame:
+def prominence(traced: Trace) -> pd.DataFrame:
     """In which share of the prompts each head is part of the trace. One row per head: name, share.
 
     A head is part of it as a firing that was reached, or as a component that was kept.
@@ -273,6 +253,7 @@ def prominence(traced: Trace, model: Model, prompts: int) -> pd.DataFrame:
     ends = [traced.firings[["prompt", "name"]],
             traced.edges[["prompt", "upstream"]].set_axis(["prompt", "name"], axis=1)]  # fmt: skip
     seen = pd.concat(ends).drop_duplicates()["name"].value_counts()
-    names = [f"{x}.{y}" for x in range(model.n_layers) for y in range(model.n_heads)]
-    share = seen.reindex(names, fill_value=0).to_numpy() / prompts
+    components = traced.model.components
+    names = components.loc[components["kind"] == "head", "component"].to_numpy()
+    share = seen.reindex(names, fill_value=0).to_numpy() / len(traced.batch.tokens)
     return pd.DataFrame({"name": names, "share": share})

@@ -7,7 +7,6 @@ support, and the shares add up to it. Pairs are batched: every array starts with
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,15 +14,16 @@ from torch import Tensor
 from sparse_signals.core.matmul import grouped_matmul
 from sparse_signals.core.model import Model
 from sparse_signals.core.rotary import rotation, unrotate
-from sparse_signals.core.run import Run, component_table, writers
-from sparse_signals.heads.svd import QKForms, head_svd, qk_forms
+from sparse_signals.core.run import Run
+from sparse_signals.core.stats import random_rotation
+from sparse_signals.heads.svd import qk_forms
 from sparse_signals.signals.firings import Pairs
 from sparse_signals.signals.slices import (
+    Basis,
     Coordinates,
-    SliceMaps,
     by_head,
     coordinates,
-    slice_maps,
+    model_basis,
     support,
 )
 
@@ -37,6 +37,8 @@ class Settings:
 
     level, context: what counts as a firing (`signals.find_firings`). fraction: f of the support,
     None for every slice, so that nothing is filtered.
+    turn: the seed of a random rotation of the basis of all heads, None for the singular vectors;
+    what filtering by a support does along directions that mean nothing.
     share: a side keeps its largest contributions until their sum exceeds this share of the total.
     weighting: "exact" (all components, shares of the score in softmax units), "published" (heads
     only, √σ weights, unscaled), or "norm" (heads by the length of their output: a baseline).
@@ -46,6 +48,7 @@ class Settings:
     level: float = 0.5
     context: bool = False
     fraction: float | None = 1.0
+    turn: int | None = None
     share: float = 0.7
     weighting: str = "exact"
     bias_per_head: bool = False
@@ -59,16 +62,6 @@ class Settings:
                 continue
             if value <= 0 or (value > 1 and not (name == "level" and self.context)):
                 raise ValueError(f"{name} must be above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What tracing needs of a model's weights: QK forms, the slicing basis, the components."""
-
-    model: Model
-    forms: QKForms
-    maps: SliceMaps
-    components: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -91,35 +84,22 @@ class Contributions:
         return gap / self.total.abs().clamp_min(torch.finfo(gap.dtype).tiny)
 
 
-def read_weights(model: Model, turn: Float[Tensor, "r r"] | None = None) -> Weights:
-    """Forms and SVD of every head. `turn` rotates all bases: the null of random directions."""
-    forms = qk_forms(model)
-    maps = slice_maps(head_svd(forms))
-    if turn is not None:
-        turn = turn.to(maps.dest)
-        maps = SliceMaps(maps.dest @ turn, maps.src @ turn)
-    return Weights(model, forms, maps, component_table(model))
-
-
-def contributions(
-    weights: Weights, run: Run, pairs: Pairs, settings: Settings | None = None
-) -> Contributions:
+def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Contributions:
     """The share of every upstream component in every firing, on both sides.
 
     Exact, source side: Σ_{k∈S} σ_k (x̃_i·u_k)(v_k·x_c(j)/s_j)/√r; destination side likewise with
     x_c(i)/s_i and x̃_j. Published: Σ_{k∈S} sgn(x̃_i·u_k) √σ_k v_k·x_c(j)/s_j, and likewise.
     Source: Franco and Crovella 2024, section 5 (published).
     """
-    settings = settings or Settings()
-    coords = coordinates(weights.maps, run.attention, pairs)
+    coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
     if settings.weighting == "norm":
-        values = _output_norms(weights, run, pairs)
+        values = _output_norms(run, pairs)
     else:
-        values = _values(run, pairs, readers(weights, pairs, coords, chosen, settings.weighting))
+        values = _values(run, pairs, readers(run.model, pairs, coords, chosen, settings))
         if settings.bias_per_head:
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
-    values = values * _counted(weights, pairs, settings.weighting)[:, None]
+    values = values * _counted(run.model, pairs, settings.weighting)[:, None]
     return _summed(values, coords, chosen)
 
 
@@ -133,7 +113,7 @@ def _summed(
 
 
 def contrast(
-    weights: Weights, run: Run, pairs: Pairs, other: Pairs, settings: Settings | None = None
+    run: Run, pairs: Pairs, other: Pairs, settings: Settings = Settings()
 ) -> Contributions:
     """Why a destination prefers its source to another one: contributions to a_ij − a_ij'.
 
@@ -143,16 +123,25 @@ def contrast(
     x_c(j')/s_j'. Both sum to Σ_{k∈S} of the difference, whose support S is. The source side
     belongs to two tokens, so a trace does not follow it.
     """
-    ours, theirs = (coordinates(weights.maps, run.attention, x) for x in (pairs, other))
+    basis = slicing_basis(run.model, settings)
+    ours, theirs = (coordinates(run, x, basis) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
-    chosen = _chosen(difference, settings or Settings())
-    values = _values(run, pairs, readers(weights, pairs, difference, chosen))
-    aside = _values(run, other, readers(weights, other, ours, chosen))
+    chosen = _chosen(difference, settings)
+    values = _values(run, pairs, readers(run.model, pairs, difference, chosen, settings))
+    aside = _values(run, other, readers(run.model, other, ours, chosen, settings))
     values[:, 1] -= aside[:, 1]
-    values = values * _counted(weights, pairs, "exact")[:, None]
+    values = values * _counted(run.model, pairs, "exact")[:, None]
     found = _summed(values, difference, chosen)
     found.sides[:, 1] = False
     return found
+
+
+def slicing_basis(model: Model, settings: Settings) -> Basis:
+    """The basis in which scores are sliced: the singular vectors, or random directions."""
+    basis = model_basis(model)
+    if settings.turn is None:
+        return basis
+    return basis.turned(random_rotation(model.d_head, settings.turn))
 
 
 def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
@@ -162,27 +151,29 @@ def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
 
 
 def readers(
-    weights: Weights,
+    model: Model,
     pairs: Pairs,
     coords: Coordinates,
     chosen: Bool[Tensor, "pair r"],
-    weighting: str = "exact",
+    settings: Settings = Settings(),
 ) -> Float[Tensor, "pair side d1"]:
     """The vector w of each side whose product with x̃ is what the support of a firing hears.
 
     A coefficient for every slice, turned into query (key) space, rotated back to the axes of the
     token if positions are rotary, and through the query (key) weights into the residual stream.
     """
+    published = settings.weighting == "published"
+    forms, basis = qk_forms(model), slicing_basis(model, settings)
     # on a slice of a support the signs of the two sides agree
-    root, sides = weights.forms.scale[pairs.layer, None].sqrt(), []
-    for heard, maps, factor, token in (
-        (coords.src, weights.maps.dest, weights.forms.A, pairs.dest),
-        (coords.dest, weights.maps.src, weights.forms.B, pairs.src),
+    root, sides = model.divisor[pairs.layer, None].sqrt(), []
+    for other, maps, factor, token in (
+        (coords.src, basis.dest, forms.A, pairs.dest),
+        (coords.dest, basis.src, forms.B, pairs.src),
     ):
-        coefficient = chosen * (heard.sign() * root if weighting == "published" else heard)
+        coefficient = chosen * (other.sign() * root if published else other)
         y = by_head(coefficient, maps.mT, pairs)
-        if weights.model.rotary:
-            y = unrotate(y, *rotation(weights.model, token))
+        if model.rotary:
+            y = unrotate(y, *rotation(model, token))
         sides.append(by_head(y, factor.mT, pairs))
     return torch.stack(sides, dim=1)
 
@@ -208,40 +199,39 @@ def _values(
     return torch.cat([values, read[..., -1:]], dim=-1)
 
 
-def _output_norms(weights: Weights, run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:
+def _output_norms(run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:
     outputs = run.outputs
-    if not weights.model.bridge.ln_final.uses_rms_norm:
+    if not run.model.rms:
         outputs = outputs - outputs.mean(-1, keepdim=True)
     norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
     return norms[pairs.prompt[:, None], receiving(pairs)]
 
 
-def _counted(weights: Weights, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair component"]:
+def _counted(model: Model, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair component"]:
     """Which components are upstream of each pair's head, and counted by the weighting."""
-    table = weights.components
-    layer = torch.tensor(table["layer"].tolist(), device=pairs.layer.device)
+    layer = torch.tensor(model.components["layer"].tolist(), device=pairs.layer.device)
     upstream = layer < pairs.layer[:, None]
     if weighting == "exact":
         return upstream
-    return upstream & torch.tensor((table["kind"] == "head").tolist(), device=layer.device)
+    return upstream & model.is_head
 
 
 def by_source(
-    weights: Weights, run: Run, pairs: Pairs, settings: Settings | None = None
+    run: Run, pairs: Pairs, settings: Settings = Settings()
 ) -> Float[Tensor, "pair side layer head source"]:
     """Contributions of heads, split by the source token whose value they moved (exact).
 
     A_tj (v_j W_O)·w / s_t for every head and j ≤ t: over j it sums to the head's contribution.
     """
-    coords = coordinates(weights.maps, run.attention, pairs)
-    chosen = _chosen(coords, settings or Settings())
-    read = readers(weights, pairs, coords, chosen) / _scale(run, pairs)[..., None]
-    W_O = writers(weights.model).W_O.double()
-    heard = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
+    coords = coordinates(run, pairs, slicing_basis(run.model, settings))
+    chosen = _chosen(coords, settings)
+    read = readers(run.model, pairs, coords, chosen, settings) / _scale(run, pairs)[..., None]
+    W_O = run.model.writers.W_O.double()
+    through = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
     v = run.v[:, pairs.prompt].double()
-    pattern = run.attention.pattern
+    pattern = run.pattern
     # two indices apart: the firing and its side come first
     weight = pattern[:, pairs.prompt[:, None], :, receiving(pairs)].double()
-    each = torch.einsum("nslhr,lnhjr->nslhj", heard, v) * weight
+    each = torch.einsum("nslhr,lnhjr->nslhj", through, v) * weight
     layer = torch.arange(len(W_O), device=pairs.layer.device)
     return each * (layer < pairs.layer[:, None])[:, None, :, None, None]

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model
+from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.run import Run, chunk_rows, component_table, run_model
+from sparse_signals.core.run import Run, runs
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
-from sparse_signals.tracing.contributions import Contributions, Settings, Weights, contrast
+from sparse_signals.tracing.contributions import Contributions, Settings, contrast
 
 
 class TraceError(ValueError):
@@ -34,9 +34,14 @@ class Root:
     src: str | int | None = None
     against: str | int | None = None
 
+    @property
+    def name(self) -> str:
+        """layer.head."""
+        return head_name(self.layer, self.head)
+
     def __str__(self) -> str:
         places = [place for place in (self.dest, self.src, self.against) if place is not None]
-        return ":".join([f"{self.layer}.{self.head}", *map(str, places)])
+        return ":".join([self.name, *map(str, places)])
 
 
 def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
@@ -46,7 +51,7 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
         if where >= length:
             raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
         return torch.full((prompts,), where)
-    roles = batch.roles | {"end": batch.mask.sum(1) - 1}
+    roles = batch.roles | {"end": batch.last}
     role, step = (where, 0) if where in roles else _neighbour(where)
     if role not in roles:
         known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
@@ -69,51 +74,45 @@ def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
     return match
 
 
-def pairs_named(run: Run, batch: Batch, root: Root) -> Pairs:
+def pairs_named(run: Run, root: Root) -> Pairs:
     """The pair that a root with a source names, in every prompt, whether it fires or not."""
-    number = torch.arange(len(batch.tokens))
+    number = torch.arange(len(run))
     layer, head = (torch.full_like(number, x) for x in (root.layer, root.head))
-    places = (layer, number, head, place(batch, root.dest), place(batch, root.src))
-    return pairs_at(run.attention, *(x.to(run.tokens.device) for x in places))
+    places = (layer, number, head, place(run.batch, root.dest), place(run.batch, root.src))
+    return pairs_at(run, *(x.to(run.tokens.device) for x in places))
 
 
-def starts(run: Run, batch: Batch, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
+def starts(run: Run, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]:
     """How many of the roots each firing starts a trace for."""
     count = torch.zeros_like(pairs.layer)
     for root in roots:
-        match = matches(batch, pairs, root)
+        match = matches(run.batch, pairs, root)
         if root.against is not None:
-            other = _other_source(run, batch, pairs, root)
+            other = _other_source(run, pairs, root)
             match &= (other.src <= pairs.dest) & (pairs.score > other.score)
         count += match
     return count
 
 
 def open_contrasts(
-    weights: Weights,
-    run: Run,
-    batch: Batch,
-    pairs: Pairs,
-    parts: Contributions,
-    roots: Sequence[Root],
-    settings: Settings,
+    run: Run, pairs: Pairs, parts: Contributions, roots: Sequence[Root], settings: Settings
 ) -> Contributions:
     """The contributions, with the firings of roots that have an `against` opened by contrast."""
     opened = Contributions(*(value.clone() for value in vars(parts).values()))
     for root in roots:
         if root.against is None:
             continue
-        rows = matches(batch, pairs, root).nonzero().flatten()
+        rows = matches(run.batch, pairs, root).nonzero().flatten()
         ours = pairs[rows]
-        found = contrast(weights, run, ours, _other_source(run, batch, ours, root), settings)
+        found = contrast(run, ours, _other_source(run, ours, root), settings)
         for name, value in vars(opened).items():
             value[rows] = getattr(found, name)
     return opened
 
 
-def _other_source(run: Run, batch: Batch, pairs: Pairs, root: Root) -> Pairs:
-    src = place(batch, root.against).to(pairs.src.device)[pairs.prompt]
-    return pairs_at(run.attention, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
+def _other_source(run: Run, pairs: Pairs, root: Root) -> Pairs:
+    src = place(run.batch, root.against).to(pairs.src.device)[pairs.prompt]
+    return pairs_at(run, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
 
 
 def check_roots(model: Model, roots: Sequence[Root], settings: Settings) -> None:
@@ -134,7 +133,7 @@ def check_roots(model: Model, roots: Sequence[Root], settings: Settings) -> None
 
 
 def logit_attribution(
-    model: Model, run: Run, batch: Batch
+    run: Run,
 ) -> tuple[Float[Tensor, "prompt component"], Float[Tensor, "prompt"]]:
     """What every component writes itself into logit(IO) − logit(S) at the last token.
 
@@ -143,44 +142,39 @@ def logit_attribution(
     so that rows sum to the logit difference, which is returned too. Source: Wang et al. 2023.
     Raises PromptError where the prompts have no names.
     """
-    if batch.io is None or batch.s is None:
-        raise PromptError("direct logit attribution needs prompts with two names, IO and S")
-    norm, unembed = model.bridge.ln_final, model.bridge.unembed
-    io, s = batch.io.to(model.device), batch.s.to(model.device)
+    io, s = run.batch.answers("direct logit attribution").to(run.model.device).T
+    norm, unembed = run.model.bridge.ln_final, run.model.bridge.unembed
     columns = unembed.W_U[:, io] - unembed.W_U[:, s]
     w = (norm.w[:, None] * columns).T
     constant = unembed.b_U[io] - unembed.b_U[s]
-    if not norm.uses_rms_norm:
+    if not run.model.rms:
         w = w - w.mean(-1, keepdim=True)
         constant = constant + norm.b @ columns
-    last = run.attention.mask.sum(1) - 1
+    last = run.batch.last.to(w.device)
     at_end = run.outputs[torch.arange(len(last), device=last.device), last]
     x = at_end.sum(1)
-    x = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
-    scale = (x.square().mean(-1) + model.bridge.cfg.eps).sqrt()
+    x = x if run.model.rms else x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1) + run.model.bridge.cfg.eps).sqrt()
     shares = torch.einsum("pcd,pd->pc", at_end, w) / scale[:, None]
     shares = torch.cat([shares, constant[:, None]], dim=1)
     return shares, shares.sum(1)
 
 
 def strongest_roots(
-    model: Model, batch: Batch, n: int = 3, settings: Settings | None = None
+    model: Model, batch: Batch, n: int = 3, settings: Settings = Settings()
 ) -> list[Root]:
     """The n heads that write most of logit(IO) − logit(S) themselves, of those that fire from end.
 
     Raises PromptError where the prompts have no names, TraceError where no head fires from end.
     """
-    settings, shares, firing = settings or Settings(), 0.0, set()
-    for rows in chunk_rows(model, batch):
-        part = batch.rows(rows)
-        run = run_model(model, part.tokens, part.mask)
-        shares = shares + logit_attribution(model, run, part)[0].sum(0)
-        pairs = find_firings(run.attention, settings.level, settings.context)
-        at_end = pairs[pairs.dest == place(part, "end").to(pairs.dest.device)[pairs.prompt]]
+    shares, firing = 0.0, set()
+    for _, part in runs(model, batch):
+        shares = shares + logit_attribution(part)[0].sum(0)
+        pairs = find_firings(part, settings.level, settings.context)
+        at_end = pairs[pairs.dest == part.batch.last.to(pairs.dest.device)[pairs.prompt]]
         firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
     if not firing:
         raise TraceError("no head fires from the last token of any prompt: lower the level")
-    is_head = (component_table(model)["kind"] == "head").tolist()
-    per_head = shares[torch.tensor(is_head)].view(model.n_layers, model.n_heads)
+    per_head = shares[model.is_head].view(model.n_layers, model.n_heads)
     best = sorted(firing, key=lambda head: -float(per_head[head]))
     return [Root(*head) for head in best[:n]]

@@ -6,8 +6,9 @@ firing of a prompt is opened once, however many paths reach it, so a trace is an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,15 +19,15 @@ from torch import Tensor
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.resume import chunked, run_key
-from sparse_signals.core.run import Run, chunk_rows, new_outputs, run_model
+from sparse_signals.core.run import Run, fitting_rows, new_outputs, run
+from sparse_signals.core.stats import DRAWS
 from sparse_signals.signals.firings import Pairs, find_firings
+from sparse_signals.tracing.circuit import Circuit, Quirks, pool
 from sparse_signals.tracing.contributions import (
     SIDES,
     Contributions,
     Settings,
-    Weights,
     contributions,
-    read_weights,
     receiving,
 )
 from sparse_signals.tracing.roots import (
@@ -41,85 +42,112 @@ from sparse_signals.tracing.roots import (
 
 @dataclass(frozen=True)
 class Trace:
-    """Firings that were reached from the roots, and the edges into them.
+    """Firings that were reached from the roots, the edges into them, and what was traced.
 
     firings: firing (number), prompt, layer, head, name, dest, src, attention, score, root,
     visits (paths that lead to it from the roots), vectors (the singular pairs in the support) and,
     for the exact weighting, error (relative, of the sum of contributions).
-    edges: firing, prompt, upstream (component), downstream (head), layer, head, side, dest, src,
-    token (where upstream writes), weight (contribution), share (of its side), visits, up_layer
-    and down_layer (heights in a chart).
+    edges: firing, prompt, upstream (component), kind (of upstream), downstream (head), layer, head,
+    side, dest, src, token (where upstream writes), weight (contribution), share (of its side),
+    visits, up_layer and down_layer (heights in a chart).
     """
 
+    model: Model
+    batch: Batch
+    roots: tuple[Root, ...]
+    settings: Settings
     firings: pd.DataFrame
     edges: pd.DataFrame
 
+    def first(self, prompts: int) -> "Trace":
+        """The trace of the first prompts alone."""
+        return replace(
+            self,
+            batch=self.batch.rows(slice(0, prompts)),
+            firings=self.firings[self.firings["prompt"] < prompts],
+            edges=self.edges[self.edges["prompt"] < prompts],
+        )
+
+    def pool(self, quirks: Quirks = Quirks(), draws: int = DRAWS, seed: int = 0) -> Circuit:
+        """The circuit that all prompts share: `circuit.pool`, and how it was made."""
+        given = {name: x for name, x in asdict(self.settings).items() if x not in (False, None)}
+        facts = {
+            "model": self.model.name,
+            "prompts": str(len(self.batch.tokens)),
+            "roots": ", ".join(map(str, self.roots)),
+            "settings": ", ".join(f"{name} {x}" for name, x in given.items()),
+        }
+        return Circuit(pool(self.edges, self.batch, quirks, draws, seed), facts)
+
 
 def trace(
-    model: Model,
-    batch: Batch,
-    roots: Sequence[Root],
-    settings: Settings | None = None,
-    *,
-    weights: Weights | None = None,
-    folder: Path | None = None,
-    progress: bool = False,
+    run: Run, roots: Sequence[Root], settings: Settings = Settings(), **changes: Any
 ) -> Trace:
-    """Trace every prompt from the given roots, a chunk of prompts at a time.
+    """Trace every prompt of a run from the given roots, a chunk of prompts at a time.
 
-    With a folder, finished chunks are kept there, and a run that was cut off goes on after them.
+    `changes` are settings by name: `trace(run, roots, share=0.9)`.
     Raises TraceError for a root that is no head of the model or fires on no prompt, and
     PromptError for a role that the prompts do not have.
     Source: Franco and Crovella 2024, section 5; exact shares and contrasts are this book's.
     """
-    settings, weights = settings or Settings(), weights or read_weights(model)
+    settings = replace(settings, **changes)
+    check_roots(run.model, roots, settings)
+    pieces = [trace_chunk(part, roots, settings, rows.start) for rows, part in run.chunks()]
+    return _joined(run.model, run.batch, roots, settings, pieces)
+
+
+def trace_prompts(
+    model: Model,
+    batch: Batch,
+    roots: Sequence[Root],
+    settings: Settings = Settings(),
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Trace:
+    """`trace` for any number of prompts: the model runs on a chunk of them at a time.
+
+    With a folder, finished chunks are kept there, and a run that was cut off goes on after them.
+    """
     check_roots(model, roots, settings)
-    chunks = chunk_rows(model, batch)
+    chunks = fitting_rows(model, batch)
     if folder:
-        key = (settings, tuple(roots), chunks)
-        folder = folder / run_key(model, batch, key, weights.maps.dest, weights.maps.src)
+        folder = folder / run_key(model, batch, (settings, tuple(roots), chunks))
     space = new_outputs(model, chunks[0].stop, batch.tokens.shape[1])
 
     def work(rows: slice) -> dict[str, pd.DataFrame]:
-        part = batch.rows(rows)
-        run = run_model(model, part.tokens, part.mask, space)
-        return vars(trace_run(weights, run, part, roots, settings, first_prompt=rows.start))
+        part = run(model, batch.rows(rows), space=space)
+        firings, edges = trace_chunk(part, roots, settings, rows.start)
+        return {"firings": firings, "edges": edges}
 
-    pieces = chunked(chunks, work, folder=folder, progress=progress)
-    traced = _joined([Trace(**piece) for piece in pieces])
-    _check_fired(traced, batch, roots, settings)
-    return traced
+    found = chunked(chunks, work, folder=folder, progress=progress)
+    pieces = [(piece["firings"], piece["edges"]) for piece in found]
+    return _joined(model, batch, roots, settings, pieces)
 
 
-def trace_run(
-    weights: Weights,
-    run: Run,
-    batch: Batch,
-    roots: Sequence[Root],
-    settings: Settings,
-    first_prompt: int = 0,
-) -> Trace:
-    """Trace the prompts of a run that is there already; they are numbered from `first_prompt`."""
-    pairs = find_firings(run.attention, settings.level, settings.context)
-    parts = contributions(weights, run, pairs, settings)
-    start = starts(run, batch, pairs, roots)
+def trace_chunk(
+    run: Run, roots: Sequence[Root], settings: Settings, first_prompt: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Firings and edges of a run whose outputs fit in memory; prompts count from `first_prompt`."""
+    pairs = find_firings(run, settings.level, settings.context)
+    parts = contributions(run, pairs, settings)
+    start = starts(run, pairs, roots)
     if any(root.against is not None for root in roots):
-        parts = open_contrasts(weights, run, batch, pairs, parts, roots, settings)
-    return follow(weights, run, pairs, parts, start, settings, first_prompt)
+        parts = open_contrasts(run, pairs, parts, roots, settings)
+    return follow(run, pairs, parts, start, settings, first_prompt)
 
 
 def follow(
-    weights: Weights,
     run: Run,
     pairs: Pairs,
     parts: Contributions,
     start: Int[Tensor, "pair"],
     settings: Settings,
     first_prompt: int = 0,
-) -> Trace:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The graph that is reached from the firings where `start` (how many roots) is not zero."""
     kept = kept_components(parts, settings)
-    visits = _visits(weights, run, pairs, kept, start)
+    visits = _visits(run, pairs, kept, start)
     reached = visits > 0
     firings = pairs[reached].table()
     firings["prompt"] += first_prompt
@@ -129,7 +157,7 @@ def follow(
         firings["error"] = parts.error()[reached].cpu().numpy()
     firings["vectors"] = index_lists(parts.support[reached])
     firings.insert(0, "firing", range(len(firings)))
-    return Trace(firings, _edges(weights, firings, parts.values[reached], kept[reached]))
+    return firings, _edges(run.model, firings, parts.values[reached], kept[reached])
 
 
 def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "pair side c"]:
@@ -143,7 +171,6 @@ def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "p
 
 
 def _visits(
-    weights: Weights,
     run: Run,
     pairs: Pairs,
     kept: Bool[Tensor, "pair side c"],
@@ -154,9 +181,8 @@ def _visits(
     A path goes from a firing to a kept head at the receiving token, and to every firing of that
     head whose destination is this token.
     """
-    model = weights.model
-    is_head = torch.tensor((weights.components["kind"] == "head").tolist(), device=kept.device)
-    to_heads = kept[..., is_head].unflatten(-1, (model.n_layers, model.n_heads))
+    model = run.model
+    to_heads = kept[..., model.is_head].unflatten(-1, (model.n_layers, model.n_heads))
     token, visits = receiving(pairs), start.clone()
     prompts, length = run.tokens.shape
     calls = visits.new_zeros(prompts, model.n_layers, model.n_heads, length)
@@ -171,7 +197,7 @@ def _visits(
 
 
 def _edges(
-    weights: Weights,
+    model: Model,
     firings: pd.DataFrame,
     values: Tensor,
     kept: Bool[Tensor, "pair side c"],
@@ -180,12 +206,13 @@ def _edges(
     weight = values[firing, side, component]
     share = weight / values.sum(-1)[firing, side]
     firing, side, component = (t.cpu().numpy() for t in (firing, side, component))
-    table = weights.components
+    table = model.components
     of = firings.iloc[firing].reset_index(drop=True)
     edges = of[["firing", "prompt", "name", "layer", "head", "dest", "src", "visits"]]
     edges = edges.rename(columns={"name": "downstream"})
     edges.insert(2, "upstream", table["component"].array[component])
-    edges.insert(6, "side", pd.array(SIDES, dtype="str")[side])
+    edges.insert(3, "kind", table["kind"].array[component])
+    edges.insert(7, "side", pd.array(SIDES, dtype="str")[side])
     edges["token"] = edges["dest"].where(side == 0, edges["src"])
     edges["weight"], edges["share"] = weight.cpu().numpy(), share.cpu().numpy()
     edges["up_layer"] = table["height"].to_numpy()[component]
@@ -198,32 +225,36 @@ def index_lists(chosen: Bool[Tensor, "pair r"]) -> list[np.ndarray]:
     return np.split(chosen.nonzero()[:, 1].cpu().numpy(), ends)[:-1]
 
 
-def _joined(pieces: list[Trace]) -> Trace:
+def _joined(
+    model: Model,
+    batch: Batch,
+    roots: Sequence[Root],
+    settings: Settings,
+    pieces: list[tuple[pd.DataFrame, pd.DataFrame]],
+) -> Trace:
     """Traces of disjoint prompts as one, with firings numbered through."""
     before, firings, edges = 0, [], []
-    for piece in pieces:
-        firings.append(piece.firings.assign(firing=piece.firings["firing"] + before))
-        edges.append(piece.edges.assign(firing=piece.edges["firing"] + before))
-        before += len(piece.firings)
-    return Trace(*(pd.concat(tables, ignore_index=True) for tables in (firings, edges)))
-
-
-def _check_fired(traced: Trace, batch: Batch, roots: Sequence[Root], settings: Settings) -> None:
-    silent = [str(root) for root in roots if not _fired(traced, batch, root)]
+    for found, into in pieces:
+        firings.append(found.assign(firing=found["firing"] + before))
+        edges.append(into.assign(firing=into["firing"] + before))
+        before += len(found)
+    tables = (pd.concat(parts, ignore_index=True) for parts in (firings, edges))
+    traced = Trace(model, batch, tuple(roots), settings, *tables)
+    silent = [str(root) for root in roots if not _fired(traced, root).any()]
     if silent:
         raise TraceError(
             f"never fires on these prompts (attention of at least {settings.level:g}): "
             f"{', '.join(silent)}; choose another root or lower the level"
         )
+    return traced
 
 
-def _fired(traced: Trace, batch: Batch, root: Root) -> bool:
-    rows = traced.firings[traced.firings["name"] == f"{root.layer}.{root.head}"]
-    prompt = torch.tensor(rows["prompt"].tolist(), dtype=torch.long)
-    places = {"dest": root.dest, "src": root.src}
-    match = [
-        rows[end].to_numpy() == place(batch, where)[prompt].numpy()
-        for end, where in places.items()
-        if where is not None
-    ]
-    return bool(np.logical_and.reduce(match).any())
+def _fired(traced: Trace, root: Root) -> Bool[np.ndarray, "firing"]:
+    """Which firings of the trace a root names."""
+    firings, batch = traced.firings, traced.batch
+    prompt = torch.tensor(firings["prompt"].tolist(), dtype=torch.long)
+    match = (firings["name"] == root.name).to_numpy()
+    for end, where in (("dest", root.dest), ("src", root.src)):
+        if where is not None:
+            match &= firings[end].to_numpy() == place(batch, where)[prompt].numpy()
+    return match

@@ -1,17 +1,17 @@
 """One forward pass, step by step, for models whose inputs are changed."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparse_signals.core.model import Model
+from sparse_signals.core.model import Model, logits
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.rotary import rotate, rotation
-from sparse_signals.core.run import Attention, Run, writers
-from sparse_signals.heads.svd import QKForms
-from sparse_signals.tracing.contributions import Weights
+from sparse_signals.core.run import Run
 
 # --- steps of a forward pass ---------------------------------------------------------------------
 
@@ -70,6 +70,15 @@ def values(
     W_V = model.bridge.blocks[layer].attn.W_V
     v = torch.einsum("ptd,hdr->phtr", hidden, W_V)
     return v.repeat_interleave(model.n_heads // len(W_V), dim=1)
+
+
+def logit_difference(
+    model: Model, batch: Batch, hooks: Collection[tuple[str, Callable[..., Any]]] = ()
+) -> Float[Tensor, "prompt"]:
+    """logit(IO) − logit(S) at the last token, of the model with TransformerLens hooks."""
+    found = logits(model, batch.tokens, batch.last, hooks)
+    answers = batch.answers("the logit difference").to(found.device)
+    return found.gather(1, answers) @ found.new_tensor([1.0, -1.0])
 
 
 def name_difference(
