@@ -256,5 +256,5 @@ def _fired(traced: Trace, root: Root) -> Bool[np.ndarray, "firing"]:
     match = (firings["name"] == root.name).to_numpy()
     for end, where in (("dest", root.dest), ("src", root.src)):
         if where is not None:
-            match &= firings[end].to_numpy() == place(batch, where)[prompt].numpy()
+            match = match & (firings[end].to_numpy() == place(batch, where)[prompt].numpy())
     return match
