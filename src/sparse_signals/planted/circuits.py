@@ -20,7 +20,7 @@ PLANTED = ("induction", "inhibition", "redundant", "decoys")
 MUTE, LOUD = ("0.1", "1.1"), ("0.2", "1.2")  # the decoys: heads that send nothing, or noise
 LOUDNESS = 1.0  # norm of what a LOUD head sends, four times a message
 BLOCK = -64.0  # score of a token with itself where a head looks for another one like it
-KEY = ["upstream", "layer", "head", "side", "prompt", "dest", "src"]
+EDGE = ["upstream", "layer", "head", "side", "prompt", "dest", "src"]
 START = "<start>"
 PEOPLE, THINGS = NAMES[:8], OBJECTS[:14]
 TEMPLATES = ("[A] and [B] met so [S] waved to", "when [A] and [B] left then [S] gave it to")
@@ -35,8 +35,8 @@ class Planted:
     """A model whose circuit is known, and prompts on which it runs.
 
     `roots` (columns prompt, layer, head, dest, src) are the firings to trace from; `truth`
-    (columns `KEY`) are the edges that a tracer must then find, all of them and no other. An edge
-    leads from an upstream component ("embedding", "position" or a head, "0.0") to one side, "dest"
+    (columns `EDGE`, kind) are the edges that a tracer must then find, all of them and no other. An
+    edge leads from an upstream component ("embedding", "position" or a head) to one side, "dest"
     or "src", of the firing (dest, src) of a head. `batch.io` is the answer; `batch.s` is the other
     name or, for induction, the repeated token.
     """
@@ -106,13 +106,13 @@ def recovery(found: pd.DataFrame, truth: pd.DataFrame) -> pd.Series:
     """How well edges were found, whatever their order or number of copies.
 
     precision |found ∩ truth| / |found|, recall |found ∩ truth| / |truth| (NaN for 0 / 0), and the
-    counts correct, spurious and missing. Edges are the same if all of `KEY` is.
+    counts correct, spurious and missing. Edges are the same if all of `EDGE` is.
     Raises ValueError where a column is missing.
     """
     for table in (found, truth):
-        if absent := sorted(set(KEY) - set(table.columns)):
-            raise ValueError(f"a table of edges needs the columns {KEY}; not there: {absent}")
-    a, b = (set(table[KEY].itertuples(index=False, name=None)) for table in (found, truth))
+        if absent := sorted(set(EDGE) - set(table.columns)):
+            raise ValueError(f"a table of edges needs the columns {EDGE}; not there: {absent}")
+    a, b = (set(table[EDGE].itertuples(index=False, name=None)) for table in (found, truth))
     counts = {"correct": len(a & b), "spurious": len(a - b), "missing": len(b - a)}
     rates = {
         "precision": len(a & b) / len(a) if a else float("nan"),
@@ -242,12 +242,16 @@ def _roots(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:
 def _truth(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:
     """One edge per stage, prompt, side and component that carries the side."""
     tables = [
-        _firings(stage, batch).assign(upstream=upstream, side=side)
+        _firings(stage, batch).assign(upstream=upstream, kind=_kind(upstream), side=side)
         for stage in stages
         for side, components in (("dest", stage.dest_from), ("src", stage.src_from))
         for upstream in components
     ]
-    return pd.concat(tables, ignore_index=True)[KEY]
+    return pd.concat(tables, ignore_index=True)[[*EDGE, "kind"]]
+
+
+def _kind(upstream: str) -> str:
+    return upstream if upstream in ("embedding", "position") else "head"
 
 
 def _firings(stage: Stage, batch: Batch) -> pd.DataFrame:

@@ -13,19 +13,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_signals.core.model import logits
-from sparse_signals.core.run import Run, run_model
-from sparse_signals.core.stats import random_rotation
-from sparse_signals.planted.circuits import KEY, LOUD, MUTE, Planted, planted, recovery
+from sparse_signals.core.model import head_name, logits
+from sparse_signals.core.run import Run, run
+from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, Planted, planted, recovery
 from sparse_signals.signals.firings import Pairs, find_firings
 from sparse_signals.signals.slices import coordinates
 from sparse_signals.tracing.contributions import (
     SIDES,
     Contributions,
     Settings,
-    Weights,
     contributions,
-    read_weights,
     readers,
     receiving,
 )
@@ -48,7 +45,7 @@ ROLES = ("end", "IO", "S2", "S1+1", "S1")  # the first of these that a token has
 
 
 @dataclass(frozen=True)
-class Case:
+class PlantedRun:
     """A planted circuit that was run: the firings, and which of them are planted roots.
 
     Under noise a root may fall silent: then nothing is traced from it, by any method. `accuracy`
@@ -56,26 +53,24 @@ class Case:
     """
 
     planted: Planted
-    weights: Weights
     run: Run
     pairs: Pairs
     start: Int[Tensor, "pair"]
     accuracy: float
 
 
-def run_case(case: Planted) -> Case:
+def run_case(case: Planted) -> PlantedRun:
     """Run a planted circuit on its prompts, once for all methods."""
-    batch = case.batch
-    run = run_model(case.model, batch.tokens, batch.mask)
-    pairs = find_firings(run.attention)
+    batch, ran = case.batch, run(case.model, case.batch)
+    pairs = find_firings(ran)
     start = torch.from_numpy(among(pairs.table(), case.roots).astype(np.int64))
-    answers = logits(case.model, batch.tokens, batch.mask.sum(1) - 1).argmax(-1)
+    answers = logits(case.model, batch.tokens, batch.last).argmax(-1)
     accuracy = (answers == batch.io).double().mean().item()
-    return Case(case, read_weights(case.model), run, pairs, start, accuracy)
+    return PlantedRun(case, ran, pairs, start, accuracy)
 
 
 def trace_case(
-    case: Case, method: str = "exact", share: float = 0.7, seed: int = 0
+    case: PlantedRun, method: str = "exact", share: float = 0.7, seed: int = 0
 ) -> pd.DataFrame:
     """The edges that a method finds, as in `tracing.Trace`; `seed` draws what is random in it.
 
@@ -85,37 +80,33 @@ def trace_case(
     return _follow(case, shares(case, method, seed), share)
 
 
-def _follow(case: Case, parts: Contributions, share: float) -> pd.DataFrame:
-    settings = Settings(share=share)
-    return follow(case.weights, case.run, case.pairs, parts, case.start, settings).edges
+def _follow(case: PlantedRun, parts: Contributions, share: float) -> pd.DataFrame:
+    return follow(case.run, case.pairs, parts, case.start, Settings(share=share))[1]
 
 
-def shares(case: Case, method: str, seed: int = 0) -> Contributions:
+def shares(case: PlantedRun, method: str, seed: int = 0) -> Contributions:
     """What every component contributes to every firing, as a method sees it."""
     if method not in METHODS:
         raise ValueError(f"no method called {method!r}: choose among {', '.join(METHODS)}")
-    weights, run, pairs = case.weights, case.run, case.pairs
     if method == "whole score":
         return _whole_score(case)
-    if method == "random basis":
-        turn = random_rotation(case.planted.model.d_head, seed)
-        weights = read_weights(case.planted.model, turn)
     weighting = {"published": "published", "loudest": "norm"}.get(method, "exact")
-    parts = contributions(weights, run, pairs, Settings(weighting=weighting))
+    turn = seed if method == "random basis" else None
+    parts = contributions(case.run, case.pairs, Settings(weighting=weighting, turn=turn))
     if method == "exact, heads only":
-        return replace(parts, values=parts.values * _is_head(weights))
+        return replace(parts, values=parts.values * case.run.model.is_head)
     if method == "dice":
         thrown = np.random.default_rng(seed).random(tuple(parts.values.shape))
         return replace(parts, values=torch.from_numpy(thrown) * _upstream(case)[:, None])
     return parts
 
 
-def _whole_score(case: Case) -> Contributions:
+def _whole_score(case: PlantedRun) -> Contributions:
     """x_c·w / s of every component, with w the whole form: the exact shares of all slices."""
-    weights, run, pairs = case.weights, case.run, case.pairs
-    coords = coordinates(weights.maps, run.attention, pairs)
+    run, pairs = case.run, case.pairs
+    coords = coordinates(run, pairs)
     every = torch.ones_like(coords.slices, dtype=torch.bool)
-    w, token = readers(weights, pairs, coords, every), receiving(pairs)
+    w, token = readers(run.model, pairs, coords, every), receiving(pairs)
     scale = run.scale[pairs.layer[:, None], pairs.prompt[:, None], token]
     written = run.outputs[pairs.prompt[:, None], token]
     values = torch.einsum("nscd,nsd->nsc", written, w[..., :-1]) / scale[..., None]
@@ -123,12 +114,8 @@ def _whole_score(case: Case) -> Contributions:
     return Contributions(values, pairs.score, every, torch.ones_like(scale, dtype=torch.bool))
 
 
-def _is_head(weights: Weights) -> Bool[Tensor, "component"]:
-    return torch.tensor((weights.components["kind"] == "head").tolist())
-
-
-def _upstream(case: Case) -> Bool[Tensor, "pair component"]:
-    layer = torch.tensor(case.weights.components["layer"].tolist())
+def _upstream(case: PlantedRun) -> Bool[Tensor, "pair component"]:
+    layer = torch.tensor(case.run.model.components["layer"].tolist())
     return layer < case.pairs.layer[:, None]
 
 
@@ -145,7 +132,7 @@ def _tuples(table: pd.DataFrame, key: Sequence[str]) -> pd.Series:
 # --- how well a method does ----------------------------------------------------------------------
 
 
-def compare(case: Case, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def compare(case: PlantedRun, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Edges that methods found, against the truth: method, edges, precision, recall, counts.
 
     "head edges" lead from a head to a head, the only ones that every method can find; "all edges"
@@ -161,11 +148,10 @@ def compare(case: Case, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def kept(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The edges of a kind, one of `COUNTED`."""
-    heads = table["upstream"].str.match(r"\d")
-    return table[heads] if kind == "head edges" else table
+    return table[table["kind"] == "head"] if kind == "head edges" else table
 
 
-def sweep(
+def sweep_noise(
     names: Sequence[str], levels: Sequence[float], seeds: int, methods: Collection[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All methods on noisy circuits: rows of `compare`, and how many edges met which fate.
@@ -210,7 +196,7 @@ def _rates(groups: pd.api.typing.DataFrameGroupBy) -> pd.DataFrame:
 
 
 def fate_shares(ends: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """The second table of `sweep` in shares of the planted edges: `by`, fate, share, accuracy."""
+    """The second table of `sweep_noise`, in shares of edges: `by`, fate, share, accuracy."""
     groups = ends.groupby(list(by), sort=False)
     counts = groups[list(FATES)].sum()
     table = counts.div(counts.sum(axis=1), axis=0).assign(accuracy=groups["accuracy"].mean())
@@ -223,7 +209,7 @@ def with_all(table: pd.DataFrame, name: str = "all four") -> pd.DataFrame:
     return pd.concat([table.assign(circuit=name), table], ignore_index=True)
 
 
-def fates(case: Case, found: pd.DataFrame) -> pd.Series:
+def fates(case: PlantedRun, found: pd.DataFrame) -> pd.Series:
     """What became of every planted edge, one of `FATES`.
 
     A reader is silent where it does not fire at its place. An edge is cut off by silence where its
@@ -234,15 +220,15 @@ def fates(case: Case, found: pd.DataFrame) -> pd.Series:
     fate = pd.Series("lost by the cut", case.planted.truth.index)
     fate[~reachable] = "cut off by silence"
     fate[~fires] = "reader silent"
-    fate[among(case.planted.truth, found, KEY)] = "found"
+    fate[among(case.planted.truth, found, EDGE)] = "found"
     return fate
 
 
-def _alive(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _alive(case: PlantedRun) -> tuple[np.ndarray, np.ndarray]:
     """Planted edges whose reader fires, and those that planted paths of firings reach."""
     truth = case.planted.truth
     token = truth["dest"].where(truth["side"] == "dest", truth["src"])
-    reader = truth["layer"].astype(str) + "." + truth["head"].astype(str)
+    reader = head_name(truth["layer"], truth["head"])
     ends = pd.DataFrame({"prompt": truth["prompt"], "head": reader, "at": truth["dest"]})
     leads = ends.assign(head=truth["upstream"], at=token)
     fires = among(truth, case.pairs.table())
@@ -252,14 +238,14 @@ def _alive(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return fires, reachable
 
 
-def planted_attention(case: Case) -> pd.Series:
+def planted_attention(case: PlantedRun) -> pd.Series:
     """The attention of every planted pair of tokens, whether it fires or not."""
     pairs = case.planted.truth[FIRING].drop_duplicates(ignore_index=True)
     at = (torch.tensor(pairs[name].tolist()) for name in ("layer", "prompt", "head", "dest", "src"))
-    return pd.Series(case.run.attention.pattern[tuple(at)].tolist())
+    return pd.Series(case.run.pattern[tuple(at)].tolist())
 
 
-def cuts(case: Case, levels: Sequence[float], methods: Collection[str]) -> pd.DataFrame:
+def cuts(case: PlantedRun, levels: Sequence[float], methods: Collection[str]) -> pd.DataFrame:
     """Rows of `compare` for every share at which a side may be cut, with a column share."""
     parts = {method: shares(case, method) for method in methods}
     tables = []
@@ -269,14 +255,14 @@ def cuts(case: Case, levels: Sequence[float], methods: Collection[str]) -> pd.Da
     return pd.concat(tables, ignore_index=True)
 
 
-def strays(case: Case, found: pd.DataFrame) -> pd.DataFrame:
+def strays(case: PlantedRun, found: pd.DataFrame) -> pd.DataFrame:
     """Edges that are found and not planted: sender (kind of component), share, whole.
 
     `share` is the share of its side as the tracer saw it, `whole` its share of the whole score,
     which depends on no basis and no support.
     """
-    stray = found[~among(found, case.planted.truth, KEY)]
-    table = case.weights.components.set_index("component")
+    stray = found[~among(found, case.planted.truth, EDGE)]
+    table = case.run.model.components.set_index("component")
     rows = pd.Index(_tuples(case.pairs.table(), FIRING)).get_indexer(_tuples(stray, FIRING))
     side = stray["side"].map(SIDES.index).to_numpy(dtype=np.int64)
     values = _whole_score(case).values
@@ -291,14 +277,15 @@ def drawn_edges(case: Planted) -> pd.DataFrame:
 
     One row per edge, whatever the prompt; `role` is where upstream writes.
     """
-    edges = case.truth.assign(reader=_names(case.truth), circuit=case.name)
+    reader = head_name(case.truth["layer"], case.truth["head"])
+    edges = case.truth.assign(reader=reader, circuit=case.name)
     writes = edges["dest"].where(edges["side"] == "dest", edges["src"])
     edges["role"], edges["at"] = _roles(case, edges, writes), _roles(case, edges, edges["dest"])
     columns = ["circuit", "upstream", "role", "side", "reader", "at"]
     return edges[columns].drop_duplicates(ignore_index=True)
 
 
-def drawn_decoys(case: Case) -> pd.DataFrame:
+def drawn_decoys(case: PlantedRun) -> pd.DataFrame:
     """The decoys of a circuit, and at which token they fire: circuit, reader, at."""
     fired = case.pairs.table()
     if case.planted.name == "decoys":
@@ -309,7 +296,7 @@ def drawn_decoys(case: Case) -> pd.DataFrame:
     return pd.DataFrame({"circuit": case.planted.name, "reader": fired["name"], "at": at})
 
 
-def drawn_attention(case: Case) -> pd.DataFrame:
+def drawn_attention(case: PlantedRun) -> pd.DataFrame:
     """Attention of the heads of a circuit on its first prompt: one row per head and visible pair.
 
     Columns: head ("inhibition 0.0"), dest, src, target, source (words), attention, planted
@@ -319,7 +306,7 @@ def drawn_attention(case: Case) -> pd.DataFrame:
     rows = case.planted.truth[case.planted.truth["prompt"] == 0]
     parts = []
     for (layer, head), pairs in rows.groupby(["layer", "head"]):
-        weights = case.run.attention.pattern[layer, 0, head]
+        weights = case.run.pattern[layer, 0, head]
         table = pd.DataFrame(weights[: len(labels), : len(labels)].numpy()).stack()
         table = table.rename("attention").rename_axis(["dest", "src"]).reset_index()
         table["planted"] = among(table, pairs, ["dest", "src"])
@@ -328,10 +315,6 @@ def drawn_attention(case: Case) -> pd.DataFrame:
     looks = pd.concat(parts, ignore_index=True)
     words = dict(enumerate(labels))
     return looks.assign(target=looks["dest"].map(words), source=looks["src"].map(words))
-
-
-def _names(table: pd.DataFrame) -> pd.Series:
-    return table["layer"].astype(str) + "." + table["head"].astype(str)
 
 
 def _roles(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[str]:
