@@ -15,7 +15,7 @@ help: ## list the targets
 	@echo
 	@echo "MODEL=... make book builds the book on another model (see book/how-to-run.md)."
 
-# Torch for Linux comes with 3.5 GB of GPU libraries: without a GPU, its CPU build is tried first.
+# Torch for Linux comes with about 3.7 GB of GPU libraries: without a GPU, its CPU build is tried first.
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "The book needs Python 3.11, 3.12 or 3.13. Name one: make book PYTHON=python3.12"; exit 1; }
@@ -25,7 +25,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	  echo "Installing the CPU build of PyTorch, since there is no GPU here ..."; \
 	  $(INSTALL) --no-deps --index-url $(TORCH_CPU) --retries 0 --timeout 5 \
 	    "$$(grep '^torch==' constraints.txt)" 2>/dev/null || \
-	  echo "It cannot be had: the ordinary build comes with its GPU libraries, 3.5 GB more."; \
+	  echo "It cannot be had: the ordinary build comes with its GPU libraries, about 3.7 GB more."; \
 	fi
 	@echo "Installing the book into .venv ..."
 	$(INSTALL) -r requirements.txt -e '.[site,test]'

@@ -39,9 +39,9 @@ def test_the_linter_finds_nothing():
     ("right", "wrong", "finding"),
     [
         ("runs-on:", "run-on:", "runs-on"),
-        ("actions/checkout@v5", "actions/checkout", "unpinned-uses"),
+        ("actions/checkout@v5", "actions/checkout", "missing `@<ref>`"),
         ("actions/setup-node@v5", "someone/setup-node@v5", "unpinned-uses"),
-        ("persist-credentials: false", "persist-credentials: true", "artipacked"),
+        ("persist-credentials: false", "fetch-depth: 1", "artipacked"),
         ("contents: read", "contents: write", "excessive-permissions"),
         ("make test", "echo ${{ github.head_ref }}", "template-injection"),
     ],
