@@ -10,17 +10,16 @@ from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import Batch, PromptError, encode, ioi_prompts
 from sparse_signals.core.resume import atomic, run_key
-from sparse_signals.core.run import chunk_rows, run_model
+from sparse_signals.core.run import fitting_rows, run
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.tracing import trace as tracing
 from sparse_signals.tracing.contributions import (
     Contributions,
     Settings,
     contributions,
-    read_weights,
 )
-from sparse_signals.tracing.roots import Root, TraceError, place, strongest_roots
-from sparse_signals.tracing.trace import kept_components, trace, trace_run
+from sparse_signals.tracing.roots import Root, TraceError, TraceWarning, place, strongest_roots
+from sparse_signals.tracing.trace import kept_components, trace, trace_chunk, trace_prompts
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
 PLACE = ["prompt", "upstream", "downstream", "side", "dest", "src"]
@@ -40,8 +39,7 @@ def batch(tokens, mask):
 
 def roots_of(model, batch, n=3):
     """Heads of the last layer that fire from one position somewhere."""
-    run = run_model(model, batch.tokens, batch.mask)
-    pairs = find_firings(run.attention, LEVEL.level)
+    pairs = find_firings(run(model, batch), LEVEL.level)
     top = model.n_layers - 1
     firing = pairs[(pairs.dest == DEST) & (pairs.layer == top)]
     return [Root(top, head, DEST) for head in sorted(set(firing.head.tolist()))[:n]]
@@ -66,13 +64,13 @@ def slow_trace(model, batch, roots, settings):
 
     Returns how often each edge is written, and the weight it is written with.
     """
-    weights, run = read_weights(model), run_model(model, batch.tokens, batch.mask)
-    pairs = find_firings(run.attention, settings.level)
-    values = contributions(weights, run, pairs, settings).values.tolist()
+    ran = run(model, batch)
+    pairs = find_firings(ran, settings.level)
+    values = contributions(ran, pairs, settings).values.tolist()
     firings = {}
     for n, row in enumerate(pairs.table().itertuples()):
         firings.setdefault((row.prompt, row.layer, row.head, row.dest), []).append((n, row))
-    table, written = list(weights.components.itertuples()), {}
+    table, written = list(model.components.itertuples()), {}
 
     def follow(prompt, layer, head, dest):
         for n, row in firings.get((prompt, layer, head, dest), []):
@@ -95,7 +93,7 @@ def test_trace_equals_the_slow_reference(model, batch, weighting):
     settings = replace(LEVEL, weighting=weighting)
     roots = roots_of(model, batch)
     expected = slow_trace(model, batch, roots, settings)
-    edges = trace(model, batch, roots, settings).edges
+    edges = trace(run(model, batch), roots, settings).edges
     assert len(expected) > 30
     found = {
         tuple(row[:6]): (row.visits, row.weight)
@@ -108,7 +106,7 @@ def test_trace_equals_the_slow_reference(model, batch, weighting):
 
 
 def test_an_edge_is_written_once_per_firing(model, batch):
-    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    edges = trace(run(model, batch), roots_of(model, batch), LEVEL).edges
     assert not edges.duplicated(["firing", "side", "upstream"]).any()
     assert not edges.duplicated(PLACE).any()
     if model.rotary:  # several paths do reach some of them
@@ -116,13 +114,13 @@ def test_an_edge_is_written_once_per_firing(model, batch):
 
 
 def test_receiving_token_is_that_of_the_side(model, batch):
-    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    edges = trace(run(model, batch), roots_of(model, batch), LEVEL).edges
     expected = edges["dest"].where(edges["side"] == "dest", edges["src"])
     assert edges["token"].equals(expected)
 
 
 def test_shares_of_a_side_exceed_the_cut_and_the_last_one_was_needed(model, batch):
-    edges = trace(model, batch, roots_of(model, batch), LEVEL).edges
+    edges = trace(run(model, batch), roots_of(model, batch), LEVEL).edges
     sides = edges.groupby(["firing", "side"], observed=True)["share"]
     assert (sides.sum() > LEVEL.share).all()
     assert (sides.sum() - sides.min() <= LEVEL.share + 1e-12).all()
@@ -131,12 +129,12 @@ def test_shares_of_a_side_exceed_the_cut_and_the_last_one_was_needed(model, batc
 def test_edges_do_not_depend_on_the_order_of_roots_or_prompts(model, batch):
     roots = roots_of(model, batch)
     assert len(roots) > 1
-    one = trace(model, batch, roots, LEVEL).edges
-    other = trace(model, batch, roots[::-1], LEVEL).edges
+    one = trace(run(model, batch), roots, LEVEL).edges
+    other = trace(run(model, batch), roots[::-1], LEVEL).edges
     pd.testing.assert_frame_equal(one, other)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     shuffled = replace(batch, tokens=batch.tokens[order], mask=batch.mask[order])
-    mixed = trace(model, shuffled, roots, LEVEL).edges
+    mixed = trace(run(model, shuffled), roots, LEVEL).edges
     mixed["prompt"] = order.numpy()[mixed["prompt"]]
     keys = [table[PLACE].astype(str).sort_values(PLACE).to_numpy() for table in (one, mixed)]
     assert (keys[0] == keys[1]).all()
@@ -144,10 +142,10 @@ def test_edges_do_not_depend_on_the_order_of_roots_or_prompts(model, batch):
 
 def test_chunks_give_what_one_run_gives(model, batch, monkeypatch):
     roots = roots_of(model, batch)
-    whole = trace(model, batch, roots, LEVEL)
+    whole = trace(run(model, batch), roots, LEVEL)
     monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)  # a prompt at a time
-    parts = trace(model, batch, roots, LEVEL)
-    assert len(chunk_rows(model, batch)) == 8
+    parts = trace(run(model, batch), roots, LEVEL)
+    assert len(fitting_rows(model, batch)) == 8
     ours, theirs = (t.edges.sort_values(PLACE)[[*PLACE, "visits"]] for t in (whole, parts))
     assert (ours.astype(str).to_numpy() == theirs.astype(str).to_numpy()).all()
     linked = parts.edges.merge(parts.firings, on="firing", suffixes=("", "_firing"))
@@ -159,31 +157,31 @@ def test_chunks_give_what_one_run_gives(model, batch, monkeypatch):
 def test_a_run_that_was_cut_off_goes_on(tiny_gpt2, batch, monkeypatch, tmp_path):
     roots = roots_of(tiny_gpt2, batch)
     monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
-    whole, calls, real = trace(tiny_gpt2, batch, roots, LEVEL), [], trace_run
+    whole, calls, real = trace(run(tiny_gpt2, batch), roots, LEVEL), [], trace_chunk
 
-    def failing(*arguments, first_prompt):
-        calls.append(first_prompt)
+    def failing(*arguments):
+        calls.append(arguments[-1])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*arguments, first_prompt=first_prompt)
+        return real(*arguments)
 
-    monkeypatch.setattr(tracing, "trace_run", failing)
+    monkeypatch.setattr(tracing, "trace_chunk", failing)
     with pytest.raises(KeyboardInterrupt):
-        trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
-    resumed = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
+        trace_prompts(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
+    resumed = trace_prompts(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path)
     assert calls == [0, 1, 2, 3, 3, 4, 5, 6, 7]
     pd.testing.assert_frame_equal(resumed.edges, whole.edges)
     assert resumed.firings["vectors"].map(list).equals(whole.firings["vectors"].map(list))
-    again = trace(tiny_gpt2, batch, roots, replace(LEVEL, share=0.5), folder=tmp_path)
+    again = trace_prompts(tiny_gpt2, batch, roots, replace(LEVEL, share=0.5), folder=tmp_path)
     assert len(again.edges) < len(whole.edges)  # other settings, another run
     assert calls[9:] == list(range(8))
 
 
 def test_support_lists_are_those_of_the_contributions(tiny_gpt2, batch):
-    traced = trace(tiny_gpt2, batch, roots_of(tiny_gpt2, batch), LEVEL)
-    weights, run = read_weights(tiny_gpt2), run_model(tiny_gpt2, batch.tokens, batch.mask)
-    pairs = find_firings(run.attention, LEVEL.level)
-    support = contributions(weights, run, pairs, LEVEL).support
+    traced = trace(run(tiny_gpt2, batch), roots_of(tiny_gpt2, batch), LEVEL)
+    ran = run(tiny_gpt2, batch)
+    pairs = find_firings(ran, LEVEL.level)
+    support = contributions(ran, pairs, LEVEL).support
     where = (
         pairs.table()
         .reset_index()
@@ -204,26 +202,31 @@ def test_support_lists_are_those_of_the_contributions(tiny_gpt2, batch):
 )
 def test_roots_that_cannot_be_traced_say_why(tiny_gpt2, batch, roots, message):
     with pytest.raises(TraceError, match=message):
-        trace(tiny_gpt2, batch, roots, LEVEL)
+        trace(run(tiny_gpt2, batch), roots, LEVEL)
 
 
 def test_each_root_must_fire_not_its_head_alone(tiny_gpt2, batch):
     root = roots_of(tiny_gpt2, batch)[0]
     silent = replace(root, dest=0)  # the first token sees no other
-    with pytest.raises(TraceError, match=rf"never fires .*: {silent}; choose"):
-        trace(tiny_gpt2, batch, [root, silent], LEVEL)
+    ran = run(tiny_gpt2, batch)
+    with pytest.warns(TraceWarning, match=rf"never fires .*: {silent}; choose"):
+        both = trace(ran, [root, silent], LEVEL)
+    alone = trace(ran, [root], LEVEL)
+    pd.testing.assert_frame_equal(both.edges, alone.edges)
+    fired = set(alone.firings.loc[alone.firings["root"], "prompt"])
+    assert both.silent() == [(root, sorted(set(range(8)) - fired)), (silent, list(range(8)))]
 
 
 def test_unknown_role_says_which_there_are(tiny_gpt2, batch):
     with pytest.raises(PromptError, match="no role 'IO' in these prompts: they have end alone"):
-        trace(tiny_gpt2, batch, [Root(2, 0, src="IO")], LEVEL)
+        trace(run(tiny_gpt2, batch), [Root(2, 0, src="IO")], LEVEL)
 
 
 @pytest.fixture(scope="module")
 def ioi():
     model = load_model("gpt2-ioi", device="cpu", dtype=torch.float64)
     table = ioi_prompts(24, seed=4, tokenizer=model.tokenizer)
-    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    batch = encode(model, table)
     return model, batch
 
 
@@ -237,7 +240,7 @@ def test_roots_by_attribution_are_the_heads_that_write_the_answer(ioi):
 
 def test_a_role_restricts_the_firings_of_a_root(ioi):
     model, batch = ioi
-    traced = trace(model, batch, [Root(1, 4, "end", "IO")])
+    traced = trace(run(model, batch), [Root(1, 4, "end", "IO")])
     first = traced.firings[traced.firings["root"]]
     assert len(first) > 5 and (first["name"] == "1.4").all()
     assert (first["src"].to_numpy() == batch.roles["IO"].numpy()[first["prompt"]]).all()
@@ -246,8 +249,8 @@ def test_a_role_restricts_the_firings_of_a_root(ioi):
 
 def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
     model, batch = ioi
-    plain = trace(model, batch, [Root(1, 4, "end", "IO")])
-    sharp = trace(model, batch, [Root(1, 4, "end", "IO", "S1")])
+    plain = trace(run(model, batch), [Root(1, 4, "end", "IO")])
+    sharp = trace(run(model, batch), [Root(1, 4, "end", "IO", "S1")])
     assert sharp.firings["error"].max() < 1e-9
     ours, theirs = (t.firings[t.firings["root"]] for t in (plain, sharp))
     assert (ours[["prompt", "src"]].to_numpy() == theirs[["prompt", "src"]].to_numpy()).all()
@@ -264,12 +267,12 @@ def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
 def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
     model, batch = ioi
     settings = Settings(level=0.1)
-    edges, firings = (getattr(trace(model, batch, [Root(1, 4, "end", "IO", "S1")], settings), n)
-                      for n in ("edges", "firings"))  # fmt: skip
+    traced = trace(run(model, batch), [Root(1, 4, "end", "IO", "S1")], settings)
+    edges, firings = traced.edges, traced.firings
     first = firings[firings["root"]]
     into = edges[edges["firing"].isin(first["firing"])]
     assert set(into["side"]) == {"dest"} and (into["share"] > 0).all()
-    plain = trace(model, batch, [Root(1, 4, "end", "IO")], settings).firings
+    plain = trace(run(model, batch), [Root(1, 4, "end", "IO")], settings).firings
     assert 0 < len(first) < plain["root"].sum()  # in some prompts it prefers the subject
 
 
@@ -287,7 +290,7 @@ def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
 def test_contrasts_that_make_no_sense_are_refused(ioi, root, settings, message):
     model, batch = ioi
     with pytest.raises(TraceError, match=message):
-        trace(model, batch, [root], settings)
+        trace(run(model, batch), [root], settings)
 
 
 def test_places_are_roles_their_neighbours_and_positions(ioi):
@@ -302,12 +305,10 @@ def test_places_are_roles_their_neighbours_and_positions(ioi):
 
 
 def test_another_basis_is_another_run(tiny_gpt2, batch, tmp_path):
-    from sparse_signals.core.stats import random_rotation
-
     roots = roots_of(tiny_gpt2, batch)
-    turned = read_weights(tiny_gpt2, random_rotation(8, seed=0))
-    one = trace(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path).edges
-    other = trace(tiny_gpt2, batch, roots, LEVEL, weights=turned, folder=tmp_path).edges
+    one = trace_prompts(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path).edges
+    turned = replace(LEVEL, turn=0)
+    other = trace_prompts(tiny_gpt2, batch, roots, turned, folder=tmp_path).edges
     assert len(list(tmp_path.iterdir())) == 2 and not one["weight"].equals(other["weight"])
 
 

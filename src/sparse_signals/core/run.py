@@ -5,6 +5,7 @@ attention unchanged, because the weights of a row sum to 1: it counts as an outp
 is what it moved. Components are ordered so that those before any layer come first.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.model import Model, activations
-from sparse_signals.core.prompts import Batch
+from sparse_signals.core.prompts import Batch, PromptError
 
-CHUNK_BYTES = 2**29  # what all components write on the prompts of one chunk
+CHUNK_BYTES = 2**29  # what a run of the prompts of one chunk takes
+CHUNK_PROMPTS = 128  # at most: what an interrupted run may lose
 KEPT = ("q", "k", "v", "z", "pattern", "mlp", "scale")  # second dimension: prompts
 
 
@@ -106,6 +108,7 @@ def run(
     `space` (from `new_outputs`, for at least as many prompts) spares the time that the operating
     system takes for new memory; the next run that uses it overwrites the outputs of this one.
     """
+    check_memory(model, batch.tokens.shape[1])
     names = ("q", "k", "v", "z", "pattern", "mlp_out", "scale")
     cache = activations(model, batch.tokens, names, progress=progress)
     b_V = model.writers.b_V[:, None, :, None]
@@ -135,12 +138,33 @@ def runs(model: Model, batch: Batch, limit: int | None = None) -> Iterator[tuple
 
 
 def fitting_rows(model: Model, batch: Batch, limit: int | None = None) -> list[slice]:
-    """Prompts in chunks: all outputs of a chunk fit into `limit` bytes (`CHUNK_BYTES`)."""
+    """Prompts in chunks: a run of a chunk fits into `limit` bytes (`CHUNK_BYTES`)."""
     limit = limit or CHUNK_BYTES
     prompts, length = batch.tokens.shape
-    components = len(model.components) - 1
-    step = max(1, limit // (length * components * model.d_model * model.dtype.itemsize))
+    step = max(1, min(CHUNK_PROMPTS, limit // run_bytes(model, length)))
     return [slice(start, min(start + step, prompts)) for start in range(0, prompts, step)]
+
+
+def run_bytes(model: Model, length: int) -> int:
+    """About how much memory the run of one prompt takes: outputs, and weights of all pairs."""
+    written = length * (len(model.components) - 1) * model.d_model
+    pairs = 2 * model.n_layers * model.n_heads * length**2  # a copy is made where they are compared
+    return (written + pairs) * model.dtype.itemsize
+
+
+def check_memory(model: Model, length: int) -> None:
+    """Raise PromptError where the run of one prompt needs more memory than is free."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    if (needed := run_bytes(model, length)) > free:
+        raise PromptError(
+            f"a prompt of {length:,} tokens needs about {needed / 2**30:.1f} GiB in {model.name}, "
+            f"and {free / 2**30:.1f} GiB are free: shorten the prompts"
+        )
 
 
 def new_outputs(model: Model, prompts: int, length: int) -> Float[Tensor, "prompt pos component d"]:

@@ -19,6 +19,10 @@ class TraceError(ValueError):
     """A trace that cannot start, and why, in one line."""
 
 
+class TraceWarning(UserWarning):
+    """A trace from fewer roots than were asked for."""
+
+
 @dataclass(frozen=True)
 class Root:
     """Firings that a trace starts from: a head, its destination and its source (None: any).

@@ -5,6 +5,7 @@ A kept head that fires itself, with the receiving token as destination, is trace
 firing of a prompt is opened once, however many paths reach it, so a trace is an acyclic graph.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from sparse_signals.tracing.contributions import (
 from sparse_signals.tracing.roots import (
     Root,
     TraceError,
+    TraceWarning,
     check_roots,
     open_contrasts,
     place,
@@ -68,6 +70,21 @@ class Trace:
             edges=self.edges[self.edges["prompt"] < prompts],
         )
 
+    def silent(self) -> list[tuple[Root, list[int]]]:
+        """Every root, and the prompts on which it does not fire and nothing is traced from it."""
+        found = []
+        for root in self.roots:
+            firings = self.firings[self.firings["root"] & (self.firings["name"] == root.name)]
+            prompt = torch.tensor(firings["prompt"].tolist(), dtype=torch.long)
+            for end, where in (("dest", root.dest), ("src", root.src)):
+                if where is not None:
+                    at = torch.tensor(firings[end].tolist(), dtype=torch.long)
+                    match = at == place(self.batch, where)[prompt]
+                    firings, prompt = firings[match.numpy()], prompt[match]
+            missing = set(range(len(self.batch.tokens))) - set(prompt.tolist())
+            found.append((root, sorted(missing)))
+        return found
+
     def pool(self, quirks: Quirks = Quirks(), draws: int = DRAWS, seed: int = 0) -> Circuit:
         """The circuit that all prompts share: `circuit.pool`, and how it was made."""
         given = {name: x for name, x in asdict(self.settings).items() if x not in (False, None)}
@@ -86,8 +103,8 @@ def trace(
     """Trace every prompt of a run from the given roots, a chunk of prompts at a time.
 
     `changes` are settings by name: `trace(run, roots, share=0.9)`.
-    Raises TraceError for a root that is no head of the model or fires on no prompt, and
-    PromptError for a role that the prompts do not have.
+    Raises TraceError for a root that is no head of the model and where no root fires, PromptError
+    for a role that the prompts do not have; warns of single roots that never fire.
     Source: Franco and Crovella 2024, section 5; exact shares and contrasts are this book's.
     """
     settings = replace(settings, **changes)
@@ -130,8 +147,11 @@ def trace_chunk(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Firings and edges of a run whose outputs fit in memory; prompts count from `first_prompt`."""
     pairs = find_firings(run, settings.level, settings.context)
-    parts = contributions(run, pairs, settings)
     start = starts(run, pairs, roots)
+    above = pairs.layer <= max((root.layer for root in roots), default=-1)
+    above &= (start.new_zeros(len(run)).index_add(0, pairs.prompt, start) > 0)[pairs.prompt]
+    pairs, start = pairs[above], start[above]  # the others are not reached
+    parts = contributions(run, pairs, settings)
     if any(root.against is not None for root in roots):
         parts = open_contrasts(run, pairs, parts, roots, settings)
     return follow(run, pairs, parts, start, settings, first_prompt)
@@ -240,21 +260,13 @@ def _joined(
         before += len(found)
     tables = (pd.concat(parts, ignore_index=True) for parts in (firings, edges))
     traced = Trace(model, batch, tuple(roots), settings, *tables)
-    silent = [str(root) for root in roots if not _fired(traced, root).any()]
+    silent = [str(root) for root, missing in traced.silent() if len(missing) == len(batch.tokens)]
     if silent:
-        raise TraceError(
+        message = (
             f"never fires on these prompts (attention of at least {settings.level:g}): "
             f"{', '.join(silent)}; choose another root or lower the level"
         )
+        if len(silent) == len(roots):
+            raise TraceError(message)
+        warnings.warn(message, TraceWarning, stacklevel=3)
     return traced
-
-
-def _fired(traced: Trace, root: Root) -> Bool[np.ndarray, "firing"]:
-    """Which firings of the trace a root names."""
-    firings, batch = traced.firings, traced.batch
-    prompt = torch.tensor(firings["prompt"].tolist(), dtype=torch.long)
-    match = (firings["name"] == root.name).to_numpy()
-    for end, where in (("dest", root.dest), ("src", root.src)):
-        if where is not None:
-            match = match & (firings[end].to_numpy() == place(batch, where)[prompt].numpy())
-    return match
