@@ -9,7 +9,7 @@ import torch
 
 from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.prompts import encode, ioi_prompts
-from sparse_signals.core.run import run_model
+from sparse_signals.core.run import run
 from sparse_signals.core.stats import rank_correlation
 from sparse_signals.planted.circuits import planted
 from sparse_signals.signals.firings import find_firings
@@ -17,9 +17,9 @@ from sparse_signals.tracing import comparisons
 from sparse_signals.tracing.comparisons import (
     ablation_effects,
     component_shares,
-    firing_table,
     kind_shares,
     likeness,
+    opened_firing,
     overlap,
     prominence,
     prompt_likeness,
@@ -27,7 +27,7 @@ from sparse_signals.tracing.comparisons import (
     sensitivity,
     top_edges_kept,
 )
-from sparse_signals.tracing.contributions import Settings, contributions, read_weights
+from sparse_signals.tracing.contributions import Settings, contributions
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import kept_components, trace
 
@@ -38,16 +38,13 @@ PLACE = ["prompt", *comparisons.PLACE]
 def ioi():
     model = load_model("gpt2-ioi", device="cpu", dtype=torch.float64)
     table = ioi_prompts(12, seed=4, tokenizer=model.tokenizer)
-    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
-    return model, batch, read_weights(model)
+    return run(model, encode(model, table))
 
 
 @pytest.fixture(scope="module")
 def opened(ioi):
-    model, batch, weights = ioi
-    run = run_model(model, batch.tokens, batch.mask)
-    pairs = find_firings(run.attention)
-    return run, pairs, contributions(weights, run, pairs)
+    pairs = find_firings(ioi)
+    return pairs, contributions(ioi, pairs)
 
 
 ROOTS = [Root(1, head, "end", "IO") for head in (3, 4, 5)]
@@ -66,9 +63,8 @@ def test_overlap_is_shared_over_all_edges_prompt_by_prompt():
 
 
 def test_shares_of_the_kinds_sum_to_one(ioi, opened):
-    _, _, weights = ioi
-    _, pairs, parts = opened
-    table = kind_shares(weights, pairs, parts)
+    pairs, parts = opened
+    table = kind_shares(ioi.model, pairs, parts)
     sums = table.groupby(["layer", "side"])["share"].sum()
     assert np.allclose(sums, 1) and len(sums) == 8
     first = table[table["layer"] == 0].set_index(["side", "kind"])["share"]
@@ -78,20 +74,18 @@ def test_shares_of_the_kinds_sum_to_one(ioi, opened):
 
 
 def test_component_shares_are_means_over_the_mean_total(ioi, opened):
-    _, _, weights = ioi
-    _, pairs, parts = opened
-    table = component_shares(weights, pairs, parts, "src").set_index("component")
-    place = list(weights.components["component"]).index("0.1")
+    pairs, parts = opened
+    table = component_shares(ioi.model, pairs, parts, "src").set_index("component")
+    place = list(ioi.model.components["component"]).index("0.1")
     expected = parts.values[:, 1, place].mean() / parts.total.mean()
     assert table.loc["0.1", "share"] == pytest.approx(float(expected))
     assert table["share"].sum() == pytest.approx(1)
 
 
 def test_a_firing_opened_adds_up_over_support_and_over_all_slices(ioi, opened):
-    _, _, weights = ioi
-    run, pairs, parts = opened
+    pairs, parts = opened
     n = int((pairs.layer == 2).nonzero()[0])
-    table = firing_table(weights, run, pairs[n : n + 1])
+    table = opened_firing(ioi, pairs[n : n + 1])
     sums = table.groupby(["slices", "side"])["weight"].sum()
     assert np.allclose(sums["the support"], float(parts.total[n]))
     assert np.allclose(sums["all slices"], float(pairs.score[n]))
@@ -100,9 +94,8 @@ def test_a_firing_opened_adds_up_over_support_and_over_all_slices(ioi, opened):
 
 
 def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch):
-    _, batch, weights = ioi
     monkeypatch.setattr(comparisons, "VARIED", {"share": (0.5, 0.7, 0.9), "level": (0.5, 0.9)})
-    table = sensitivity(weights, batch, ROOTS)
+    table = sensitivity(ioi, ROOTS)
     table = table.set_index(["setting", "x"])
     assert table.loc[("share", 0.7), "value"] == table.loc[("level", 0.5), "value"] == 1
     assert table.loc[("share", 0.5), "value"] < 1 and table.loc[("level", 0.9), "value"] < 1
@@ -113,7 +106,7 @@ def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch)
 def test_quirks_overcount_where_paths_are_redundant():
     two = planted("redundant")
     roots = [Root(2, 0, "end", "IO"), Root(3, 0, "end", "IO")]
-    table = quirk_table(read_weights(two.model), two.batch, roots)
+    table = quirk_table(run(two.model, two.batch), roots)
     table = table.set_index("quirk")
     prompts_ = len(two.batch.tokens)
     assert table.loc["none", "largest count"] == prompts_
@@ -130,7 +123,7 @@ def test_likeness_of_known_prompts():
 
 
 def test_prompts_alike_in_template_have_likelier_traces(ioi):
-    _, batch, _ = ioi
+    batch = ioi.batch
     # edges that depend on the template alone
     table = pd.DataFrame({"prompt": range(12), "firing": range(12), "downstream": "1.0",
                           "side": "dest", "dest": batch.roles["end"], "src": batch.roles["IO"],
@@ -142,8 +135,7 @@ def test_prompts_alike_in_template_have_likelier_traces(ioi):
 
 
 def test_commonest_edges_are_found_again_when_all_prompts_agree(ioi):
-    model, batch, weights = ioi
-    edges = trace(model, batch, ROOTS, weights=weights).edges
+    batch, edges = ioi.batch, trace(ioi, ROOTS).edges
     kept = top_edges_kept(edges, batch, [3, 8], repeats=20)
     assert ((kept["low"] <= kept["kept"]) & (kept["kept"] <= kept["high"])).all()
     single = edges[edges["prompt"] == edges["prompt"].mode()[0]].head(3)
@@ -152,7 +144,7 @@ def test_commonest_edges_are_found_again_when_all_prompts_agree(ioi):
 
 
 def test_ablation_equals_a_head_overwritten_by_hand(ioi):
-    model, batch, _ = ioi
+    model, batch = ioi.model, ioi.batch
     table = ablation_effects(model, batch).set_index("name")
     from sparse_signals.core.model import activations
 
@@ -173,9 +165,8 @@ def test_ablation_equals_a_head_overwritten_by_hand(ioi):
 
 
 def test_prominence_counts_prompts_with_the_head_at_either_end(ioi):
-    model, batch, weights = ioi
-    traced = trace(model, batch, ROOTS, weights=weights)
-    table = prominence(traced, model, 12).set_index("name")["share"]
+    traced = trace(ioi, ROOTS)
+    table = prominence(traced).set_index("name")["share"]
     edges = traced.edges
     as_end = set(edges.loc[edges["upstream"] == "0.2", "prompt"])
     as_end |= set(traced.firings.loc[traced.firings["name"] == "0.2", "prompt"])
@@ -202,9 +193,8 @@ def test_rank_correlation_of_groups_alone_is_chance():
 
 
 def test_all_slices_are_kept_without_a_filter(ioi, opened):
-    _, _, weights = ioi
-    run, pairs, _ = opened
-    whole = contributions(weights, run, pairs, replace(Settings(), fraction=None))
+    pairs, _ = opened
+    whole = contributions(ioi, pairs, replace(Settings(), fraction=None))
     assert whole.support.all()
     torch.testing.assert_close(whole.total, pairs.score)
     torch.testing.assert_close(whole.values.sum(-1)[:, 0], pairs.score)

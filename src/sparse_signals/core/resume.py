@@ -1,9 +1,11 @@
 """Long runs: chunks of prompts, kept on disk as they finish, so that a run that stopped goes on."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +14,16 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+if TYPE_CHECKING:  # importing torch takes seconds, and a page needs only `atomic`
     from sparse_signals.core.model import Model
     from sparse_signals.core.prompts import Batch
 
 Tables = dict[str, pd.DataFrame]
+UNFINISHED = ".unfinished-"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -38,37 +41,89 @@ def atomic(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_parquet(table: pd.DataFrame, path: Path) -> None:
-    """Write a table so that nobody ever sees half of it."""
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove what killed runs left when they wrote these files with `atomic`."""
+    for path in paths:
+        for aside in path.parent.glob(f".{path.name}.*"):
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for a while. Raises BlockingIOError where one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another run is writing to {folder}: wait for its end") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()  # which fails, as it should, where chunks are kept
+
+
+def write_parquet(table: pd.DataFrame, path: Path, lists: Sequence[str] = ()) -> None:
+    """Write a table so that nobody ever sees half of it; `lists` as in `stream_parquet`."""
+    stream_parquet([table], path, lists)
+
+
+def stream_parquet(
+    tables: Iterable[pd.DataFrame], path: Path, lists: Sequence[str] = ()
+) -> None:
+    """Write tables of the same columns as one, with no more than one of them in memory.
+
+    The columns `lists` hold lists of whole numbers, which an empty table does not show.
+    """
+    writer = None
     with atomic(path) as aside:
-        table.to_parquet(aside, index=False)
+        for table in tables:
+            schema = writer.schema if writer else _schema(table, lists)
+            if writer is None:
+                writer = pq.ParquetWriter(aside, schema)
+            writer.write_table(pa.Table.from_pandas(table, schema, preserve_index=False))
+        if writer:
+            writer.close()
 
 
-def stream_parquet(tables: Iterable[pd.DataFrame], path: Path) -> None:
-    """Write tables of the same columns as one, with no more than one of them in memory."""
-    tables = iter(tables)
-    for first in tables:
-        if len(first):  # without rows, a column of lists has no type
-            break
-    with atomic(path) as aside:
-        first = pa.Table.from_pandas(first, preserve_index=False)
-        with pq.ParquetWriter(aside, first.schema) as writer:
-            writer.write_table(first)
-            for table in tables:
-                writer.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
+def _schema(table: pd.DataFrame, lists: Sequence[str]) -> pa.Schema:
+    schema = pa.Schema.from_pandas(table, preserve_index=False)
+    for name in lists:
+        place = schema.get_field_index(name)
+        schema = schema.set(place, pa.field(name, pa.list_(pa.int64())))
+    return schema
 
 
-def run_key(model: "Model", batch: "Batch", settings: object, *more: "Tensor") -> str:
+def run_key(model: "Model", batch: "Batch", settings: object) -> str:
     """A name for a run by its content. Same key, same results.
 
-    Content: the version of this package, weights, tokens, roles, settings and any tensors besides.
+    Content: the code of this package and the versions of what computes; configuration, weights,
+    number format and device of the model; its tokenizer; tokens and their roles; settings.
     """
-    code = version("sparse-signals")
-    digest = sha256(repr((code, settings, sorted(batch.roles))).encode())
+    config = model.bridge.original_model.config.to_json_string()
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", None)
+    words = tokenizer.to_str() if tokenizer else repr(model.tokenizer)
+    facts = (code_version(), config, words, str(model.dtype), model.device.type, model.n_ctx)
+    digest = sha256(repr((*facts, settings, batch.labels, sorted(batch.roles))).encode())
+    names = [] if batch.io is None or batch.s is None else [batch.io, batch.s]
     roles = [batch.roles[role] for role in sorted(batch.roles)]
-    for tensor in (*model.bridge.parameters(), batch.tokens, batch.mask, *roles, *more):
+    tensors = (*model.bridge.parameters(), *model.bridge.buffers())
+    for tensor in (*tensors, batch.tokens, batch.mask, *roles, *names):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def code_version() -> str:
+    """A name for the code that computes: this package's files, and versions of libraries."""
+    digest = sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    names = ("torch", "transformers", "transformer-lens")
+    return " ".join([digest.hexdigest(), *map(version, names)])
 
 
 def chunked(
@@ -81,21 +136,24 @@ def chunked(
     """The tables of every chunk, in order.
 
     With a folder, each chunk's tables are written there and read instead of computed next time.
+    Raises BlockingIOError where another run is at work in that folder.
     """
-    for number, rows in enumerate(tqdm(chunks, disable=not progress, unit="chunk")):
-        done = folder / f"{number:05d}" if folder else None
-        if done and done.is_dir():
+    steps = tqdm(chunks, disable=not progress, unit="chunk")
+    if folder is None:
+        yield from map(work, steps)
+        return
+    with alone_in(folder):
+        for aside in folder.glob(f"{UNFINISHED}*"):  # of a run that was killed
+            shutil.rmtree(aside, ignore_errors=True)
+        for number, rows in enumerate(steps):
+            done = folder / f"{number:05d}"
+            if not done.is_dir():
+                _keep(work(rows), done)
             yield {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}
-            continue
-        tables = work(rows)
-        if done:
-            _keep(tables, done)
-        yield tables
 
 
 def _keep(tables: Tables, done: Path) -> None:
-    done.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=done.parent, prefix=".unfinished-"))
+    aside = Path(tempfile.mkdtemp(dir=done.parent, prefix=UNFINISHED))
     for name, table in tables.items():
         table.to_parquet(aside / f"{name}.parquet", index=False)
     os.replace(aside, done)
