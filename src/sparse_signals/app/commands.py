@@ -5,17 +5,18 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from sparse_signals.app.errors import PROGRAM, UsageError
-from sparse_signals.app.notebook import edition
+from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
 from sparse_signals.core.checkpoints import ModelError
 from sparse_signals.core.model import Model, load_model
 from sparse_signals.core.numbers import fmt
@@ -28,17 +29,28 @@ from sparse_signals.core.prompts import (
     roles_of,
     with_names,
 )
-from sparse_signals.core.resume import chunked, run_key, stream_parquet, write_parquet
-from sparse_signals.core.run import Attention, chunk_rows, read_attention
-from sparse_signals.heads.svd import head_svd, qk_forms
+from sparse_signals.core.resume import (
+    alone_in,
+    chunked,
+    remove_leftovers,
+    run_key,
+    stream_parquet,
+    write_parquet,
+)
+from sparse_signals.core.run import Run, fitting_rows, run
 from sparse_signals.signals.firings import find_firings
-from sparse_signals.signals.slices import SliceMaps, coordinates, slice_maps, sparsity, support
-from sparse_signals.tracing.circuit import FORMATS, Circuit, pool, write_circuit
+from sparse_signals.signals.slices import slices, sparsity, support
+from sparse_signals.tracing.circuit import FORMATS, Circuit
 from sparse_signals.tracing.contributions import Settings
-from sparse_signals.tracing.roots import Root, TraceError, strongest_roots
-from sparse_signals.tracing.trace import Trace, index_lists, trace
+from sparse_signals.tracing.roots import Root, TraceError, TraceWarning, strongest_roots
+from sparse_signals.tracing.trace import Trace, check_sums, index_lists, trace_prompts
 
 PARTIAL = ".partial"  # finished chunks of runs that are not
+CHUNK = "[0-9]" * 5
+FILES = {
+    "signals": ["firings.parquet"],
+    "trace": ["edges.parquet", *(f"circuit{suffix}" for suffix in FORMATS)],
+}
 STRONGEST = ["upstream", "role", "downstream", "side", "dest_role", "src_role"]
 
 
@@ -58,7 +70,7 @@ class Job:
         return self.out / PARTIAL / self.options.command
 
 
-def run(options: Namespace, started: float) -> None:
+def execute(options: Namespace, started: float) -> None:
     """Do what the command line says. Raises UsageError for bad input, in one line."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or a failed download warns six times
     try:
@@ -69,21 +81,35 @@ def run(options: Namespace, started: float) -> None:
 
 def finish(job: Job) -> None:
     """Run the command, and remove its finished chunks unless they are of use another time."""
-    try:
-        summary = run_signals(job) if job.options.command == "signals" else run_trace(job)
-    except (PromptError, TraceError, UsageError):  # would come again
+    with alone_in(job.partial):
+        remove_leftovers(job.out / name for name in FILES[job.options.command])
+        try:
+            summary = run_signals(job) if job.options.command == "signals" else run_trace(job)
+        except (PromptError, TraceError, UsageError):  # would come again
+            remove_partial(job)
+            raise
+        except KeyboardInterrupt:
+            raise Stopped(describe_kept(job)) from None
         remove_partial(job)
-        raise
-    remove_partial(job)
+    with suppress(OSError):
+        job.partial.parent.rmdir()
     if not job.options.quiet:
         print(summary)
 
 
+def describe_kept(job: Job) -> str:
+    """What an interrupted run has kept, in words."""
+    kept = len(list(job.partial.glob(f"*/{CHUNK}")))
+    if not kept:
+        return "stopped; nothing was finished yet, so nothing is kept"
+    of = len(fitting_rows(job.model, job.batch))
+    return f"stopped; {kept} of {of} chunks of prompts are kept, the same command goes on there"
+
+
 def remove_partial(job: Job) -> None:
     """Remove the finished chunks of this command, but not those of the other one."""
-    shutil.rmtree(job.partial, ignore_errors=True)
-    with suppress(OSError):
-        job.partial.parent.rmdir()
+    for folder in filter(Path.is_dir, job.partial.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(options: Namespace, started: float) -> Job:
@@ -176,40 +202,40 @@ def describe_prompts(job: Job) -> str:
 
 def run_signals(job: Job) -> str:
     """Write firings.parquet, a chunk of prompts at a time, and return a summary."""
-    maps = slice_maps(head_svd(qk_forms(job.model)))
+    chunks = fitting_rows(job.model, job.batch)
 
     def work(rows: slice) -> dict[str, pd.DataFrame]:
-        attention = read_attention(job.model, job.batch.tokens[rows], job.batch.mask[rows])
-        return {"firings": firing_table(maps, attention, job.settings, rows.start)}
+        part = run(job.model, job.batch.rows(rows))
+        return {"firings": firing_table(part, job.settings, rows.start)}
 
     pieces = chunked(
-        chunk_rows(job.model, job.batch),
+        chunks,
         work,
-        folder=job.partial / run_key(job.model, job.batch, job.settings),
+        folder=job.partial / run_key(job.model, job.batch, (job.settings, chunks)),
         progress=not job.options.quiet,
     )
     path = job.out / "firings.parquet"
-    stream_parquet((piece["firings"] for piece in pieces), path)
+    stream_parquet((piece["firings"] for piece in pieces), path, lists=["support"])
     errors = pd.read_parquet(path, columns=["error"])["error"]
     return _summary(job, f"{len(errors):,} firings", errors, [path])
 
 
-def firing_table(
-    maps: SliceMaps, attention: Attention, settings: Settings, first_prompt: int = 0
-) -> pd.DataFrame:
-    """All firings of a batch: where, how strong, which slices carry them, how few.
+def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.DataFrame:
+    """All firings of a run: where, how strong, which slices carry them, how few.
 
     Columns: prompt, layer, head, dest, src, attention, score, support (list of singular pairs),
     the measures of `signals.sparsity` with the size of the support as size, and error, the
     difference of the sum of slices from the score, relative to Σ|p|.
+    Raises TraceError where the slices do not add up.
     """
-    pairs = find_firings(attention, settings.level, settings.context)
-    slices = coordinates(maps, attention, pairs).slices
+    pairs = find_firings(run, settings.level, settings.context)
+    parts = slices(run, pairs)
     table = pairs.table()[["prompt", "layer", "head", "dest", "src", "attention", "score"]]
     table["prompt"] += first_prompt
-    table["support"] = index_lists(support(slices, settings.fraction))
-    measures = sparsity(slices, settings.fraction).rename(columns={"support": "size"})
-    error = (slices.sum(-1) - pairs.score).abs() / slices.abs().sum(-1)
+    table["support"] = index_lists(support(parts, settings.fraction))
+    measures = sparsity(parts, settings.fraction).rename(columns={"support": "size"})
+    error = (parts.sum(-1) - pairs.score).abs() / parts.abs().sum(-1)
+    check_sums(run.model, error, "slices")
     return table.join(measures).assign(error=error.cpu().numpy())
 
 
@@ -218,41 +244,62 @@ def firing_table(
 
 def run_trace(job: Job) -> str:
     """Trace, write the edges and the pooled circuit, and return a summary."""
-    roots = choose_roots(job)
-    progress = not job.options.quiet
-    traced = trace(job.model, job.batch, roots, job.settings, folder=job.partial, progress=progress)
+    roots, progress = choose_roots(job), not job.options.quiet
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)  # said below, with the prompts
+        traced = trace_prompts(
+            job.model, job.batch, roots, job.settings, folder=job.partial, progress=progress
+        )
     if traced.edges.empty:
         raise UsageError("no head is upstream of these roots: choose roots of a later layer")
-    facts = {
-        "model": job.model.name,
-        "prompts": describe_prompts(job),
-        "roots": ", ".join(map(str, roots)),
-        "settings": describe_settings(job),
-        "version": edition()["sparse-signals"],
-    }
-    circuit = Circuit(pool(traced.edges, job.batch), facts)
-    paths = write_trace(job, traced, circuit)
-    found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {facts['roots']}"
+    if progress:
+        for line in describe_silent(traced):
+            print(f"{PROGRAM}: {line}", file=sys.stderr)
+    circuit = traced.pool()
+    circuit.facts["prompts"] = describe_prompts(job)
+    circuit.facts["settings"] += f", dtype {job.options.dtype}"
+    circuit.facts["version"] = version("sparse-signals")
+    edges = job.out / "edges.parquet"
+    write_parquet(edge_table(traced), edges, lists=["vectors"])
+    paths = [edges, *(circuit.save(job.out / f"circuit{suffix}") for suffix in FORMATS)]
+    roots_ = circuit.facts["roots"]
+    found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {roots_}"
     errors = traced.firings.get("error", pd.Series(dtype=float))
     return f"{_summary(job, found, errors, paths)}\n{strongest_edges(circuit)}"
 
 
 def choose_roots(job: Job) -> list[Root]:
-    """The roots of the command line, or the heads that write most of the answer themselves."""
+    """The roots of the command line, or the heads that write most of the answer themselves.
+
+    The latter are kept like a chunk: a run that goes on does not look for them again.
+    """
     if given := [*job.options.root, *job.options.firing]:
         return [Root(*parts) for parts in dict.fromkeys(given)]
-    return strongest_roots(job.model, job.batch, job.options.top or 3, job.settings)
+    number = job.options.top or 3
+    folder = job.partial / f"roots-{run_key(job.model, job.batch, (job.settings, number))}"
+
+    def work(_: slice) -> dict[str, pd.DataFrame]:
+        found = strongest_roots(job.model, job.batch, number, job.settings)
+        return {"roots": pd.DataFrame([(root.layer, root.head) for root in found])}
+
+    (tables,) = chunked([slice(0)], work, folder=folder)
+    return [Root(int(layer), int(head)) for layer, head in tables["roots"].to_numpy()]
 
 
-def describe_settings(job: Job) -> str:
-    """The settings in words, those that are off left out."""
-    given = {**asdict(job.settings), "dtype": job.options.dtype}
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not False)
+def describe_silent(traced: Trace) -> list[str]:
+    """For each root that does not fire on all prompts, where it does not, in words."""
+    lines = []
+    for root, missing in traced.silent():
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+            of = len(traced.batch.tokens)
+            lines.append(f"{root} does not fire on {len(missing)} of {of} prompts: {shown}")
+    return lines
 
 
-def edge_table(traced: Trace, batch: Batch) -> pd.DataFrame:
+def edge_table(traced: Trace) -> pd.DataFrame:
     """The edges of a trace for a file: roles beside positions, the support of the firing."""
-    roles = roles_of(batch).groupby(["prompt", "pos"])["role"].agg(", ".join)
+    roles = roles_of(traced.batch).groupby(["prompt", "pos"])["role"].agg(", ".join)
     edges = traced.edges.astype({"upstream": str, "side": str})
     for end in ("dest", "src", "token"):
         places = pd.MultiIndex.from_frame(edges[["prompt", end]])
@@ -263,17 +310,6 @@ def edge_table(traced: Trace, batch: Batch) -> pd.DataFrame:
         ["prompt", "firing", "upstream", "layer", "head", "side", "dest", "src", "token",
          "dest_roles", "src_roles", "token_roles", "weight", "share", "vectors"]
     ]  # fmt: skip
-
-
-def write_trace(job: Job, traced: Trace, circuit: Circuit) -> list[Path]:
-    """Write all files of a trace, and return their paths."""
-    from sparse_signals.app.page import write_page  # the charts behind it take seconds to import
-
-    edges, page = job.out / "edges.parquet", job.out / "circuit.html"
-    write_parquet(edge_table(traced, job.batch), edges)
-    circuits = [write_circuit(circuit, job.out / f"circuit{suffix}") for suffix in FORMATS]
-    write_page(page, circuit.edges, title=f"A circuit of {job.model.name}", facts=circuit.facts)
-    return [edges, *circuits, page]
 
 
 # --- summaries -----------------------------------------------------------------------------------

@@ -71,9 +71,7 @@ def write_parquet(table: pd.DataFrame, path: Path, lists: Sequence[str] = ()) ->
     stream_parquet([table], path, lists)
 
 
-def stream_parquet(
-    tables: Iterable[pd.DataFrame], path: Path, lists: Sequence[str] = ()
-) -> None:
+def stream_parquet(tables: Iterable[pd.DataFrame], path: Path, lists: Sequence[str] = ()) -> None:
     """Write tables of the same columns as one, with no more than one of them in memory.
 
     The columns `lists` hold lists of whole numbers, which an empty table does not show.

@@ -83,6 +83,12 @@ class Contributions:
         gap = (self.values.sum(-1) - self.total[:, None]).abs().amax(1)
         return gap / self.total.abs().clamp_min(torch.finfo(gap.dtype).tiny)
 
+    def discrepancy(self) -> Float[Tensor, "pair"]:
+        """The same gap relative to Σ |contribution|, which rounding is relative to."""
+        gap = (self.values.sum(-1) - self.total[:, None]).abs()
+        size = self.values.abs().sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
+        return (gap / size).amax(1)
+
 
 def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Contributions:
     """The share of every upstream component in every firing, on both sides.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.model import Model
@@ -40,6 +40,9 @@ from sparse_signals.tracing.roots import (
     place,
     starts,
 )
+
+# rotary models round angles and attention weights to float32 whatever their dtype
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,19 @@ def trace_chunk(
     parts = contributions(run, pairs, settings)
     if any(root.against is not None for root in roots):
         parts = open_contrasts(run, pairs, parts, roots, settings)
+    if settings.weighting == "exact":
+        check_sums(run.model, parts.discrepancy(), "contributions")
     return follow(run, pairs, parts, start, settings, first_prompt)
+
+
+def check_sums(model: Model, error: Float[Tensor, "pair"], what: str) -> None:
+    """Raise TraceError where sums miss what they must give by more than rounding explains."""
+    worst = float(error.max()) if len(error) else 0.0
+    if not worst <= TOLERANCE[model.dtype]:  # NaN is no small error
+        raise TraceError(
+            f"the {what} of {model.name} do not add up (worst error {worst:.1e}, relative): "
+            "its attention is not what this package computes, and no result can be trusted"
+        )
 
 
 def follow(
