@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROTARY, save_random_model
+from random_models import ROTARY, save_random_model
 
 from reference import score_gap
 from sparse_signals.core import smollm2
@@ -63,7 +63,7 @@ def test_smollm2_finds_the_indirect_object(smollm):
         Template("Afterwards [A] and [B] had lunch at the [PLACE]. [S] gave a [OBJECT] to"),
     ]
     prompts = ioi_prompts(60, tokenizer=smollm.tokenizer, templates=templates)
-    batch = encode(prompts, smollm.tokenizer, bos=smollm.bos, max_length=smollm.n_ctx)
+    batch = encode(smollm, prompts)
     found, row = logits(smollm, batch.tokens, batch.roles["end"]), torch.arange(60)
     margin = found[row, batch.io] - found[row, batch.s]
     assert (margin > 0).double().mean() >= 0.95
