@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sparse_signals.tracing.roots import Root as Root
     from sparse_signals.tracing.trace import trace as trace
 
-PLACES = {
+HOMES = {
     "load_model": "core.model",
     "ioi_prompts": "core.prompts",
     "encode": "core.prompts",
@@ -49,16 +49,16 @@ PLACES = {
     "intervene": "interventions.intervene",
     "bootstrap": "core.stats",
 }
-__all__ = list(PLACES)
+__all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PLACES:
+    if name not in HOMES:
         raise AttributeError(f"module 'sparse_signals' has no attribute {name!r}")
-    value = getattr(import_module(f"sparse_signals.{PLACES[name]}"), name)
+    value = getattr(import_module(f"sparse_signals.{HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PLACES})
+    return sorted({*globals(), *HOMES})

@@ -74,12 +74,12 @@ def execute(options: Namespace, started: float) -> None:
     """Do what the command line says. Raises UsageError for bad input, in one line."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or a failed download warns six times
     try:
-        finish(prepare(options, started))
+        carry_out(understand(options, started))
     except (ModelError, PromptError, TraceError, OSError) as error:
         raise UsageError(str(error)) from error
 
 
-def finish(job: Job) -> None:
+def carry_out(job: Job) -> None:
     """Run the command, and remove its finished chunks unless they are of use another time."""
     with alone_in(job.partial):
         remove_leftovers(job.out / name for name in FILES[job.options.command])
@@ -112,7 +112,7 @@ def remove_partial(job: Job) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare(options: Namespace, started: float) -> Job:
+def understand(options: Namespace, started: float) -> Job:
     """Load the model, read the prompts, open the folder."""
     settings = read_settings(options)
     model = load_model(options.model, dtype=getattr(torch, options.dtype))
@@ -217,7 +217,7 @@ def run_signals(job: Job) -> str:
     path = job.out / "firings.parquet"
     stream_parquet((piece["firings"] for piece in pieces), path, lists=["support"])
     errors = pd.read_parquet(path, columns=["error"])["error"]
-    return _summary(job, f"{len(errors):,} firings", errors, [path])
+    return _outcome(job, f"{len(errors):,} firings", errors, [path])
 
 
 def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.DataFrame:
@@ -265,7 +265,7 @@ def run_trace(job: Job) -> str:
     roots_ = circuit.facts["roots"]
     found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {roots_}"
     errors = traced.firings.get("error", pd.Series(dtype=float))
-    return f"{_summary(job, found, errors, paths)}\n{strongest_edges(circuit)}"
+    return f"{_outcome(job, found, errors, paths)}\n{strongest_edges(circuit)}"
 
 
 def choose_roots(job: Job) -> list[Root]:
@@ -315,7 +315,7 @@ def edge_table(traced: Trace) -> pd.DataFrame:
 # --- summaries -----------------------------------------------------------------------------------
 
 
-def _summary(job: Job, found: str, errors: pd.Series, paths: Sequence[Path]) -> str:
+def _outcome(job: Job, found: str, errors: pd.Series, paths: Sequence[Path]) -> str:
     seconds, n = time.perf_counter() - job.started, len(job.batch.tokens)
     prompts = f"{n:,} prompt{'s' if n > 1 else ''}"
     lines = [f"{job.model.name}, {prompts}: {found}, in {seconds:.1f} s"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-NAMES = ("gpt2-ioi", "gpt2-small", "smollm2-135m")
+MODEL_NAMES = ("gpt2-ioi", "gpt2-small", "smollm2-135m")
 GPT2_SMALL = ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
 GPT2_SMALL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -58,7 +58,7 @@ def find_checkpoint(name: str) -> Path:
     directory = Path(name).expanduser()
     if not directory.exists():
         raise ModelError(
-            f"no model called {name!r}: use {', '.join(NAMES)}, or a directory in HF format"
+            f"no model called {name!r}: use {', '.join(MODEL_NAMES)}, or a directory in HF format"
         )
     if not directory.is_dir():
         raise ModelError(f"{name} is not a directory: give the one that holds config.json")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_signals.core.checkpoints import NAMES, ModelError, find_checkpoint, read_checkpoint
+from sparse_signals.core.checkpoints import MODEL_NAMES, ModelError, find_checkpoint, read_checkpoint
 from sparse_signals.core.smollm2 import load_smollm2
 
 HOOKS = {
@@ -198,7 +198,7 @@ def load_model(
     else:
         directory = find_checkpoint(name)
         hf_model, tokenizer = read_checkpoint(directory, dtype)
-    if name not in NAMES:
+    if name not in MODEL_NAMES:
         name = directory.resolve().name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return _bridge(hf_model.to(device).eval(), tokenizer, name)
@@ -210,7 +210,7 @@ def wrap_model(hf_model: nn.Module, name: str, tokenizer: Any = None) -> Model:
 
 
 def _starts_with_bos(name: str, tokenizer: Any) -> bool:
-    if name in NAMES:
+    if name in MODEL_NAMES:
         return name != "gpt2-small"  # the paper's prompts have none
     if tokenizer is None or tokenizer.bos_token_id is None:
         return False

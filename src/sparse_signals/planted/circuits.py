@@ -23,10 +23,10 @@ BLOCK = -64.0  # score of a token with itself where a head looks for another one
 EDGE = ["upstream", "layer", "head", "side", "prompt", "dest", "src"]
 START = "<start>"
 PEOPLE, THINGS = NAMES[:8], OBJECTS[:14]
-TEMPLATES = ("[A] and [B] met so [S] waved to", "when [A] and [B] left then [S] gave it to")
+TWO_TEMPLATES = ("[A] and [B] met so [S] waved to", "when [A] and [B] left then [S] gave it to")
 OTHER_PLACE = {1: 3, 3: 1, 2: 4, 4: 2}  # where [A] and [B] stand: in one template, in the other
 SENTENCE_WORDS = tuple(
-    dict.fromkeys(word for text in TEMPLATES for word in text.split() if word[0] != "[")
+    dict.fromkeys(word for text in TWO_TEMPLATES for word in text.split() if word[0] != "[")
 )
 
 
@@ -61,7 +61,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Planting:
     """The stages of a circuit, the decoys beside it, and the tokens it works on."""
 
     stages: tuple[Stage, ...]
@@ -98,7 +98,7 @@ def planted(name: str, noise: float = 0.0, seed: int = 0, prompts: int = 8) -> P
     heads = [stage.head for stage in circuit.stages] + list(circuit.decoys)
     hf_model = handwritten_model(heads, circuit.vocabulary, noise, seed)
     batch = _batch(circuit, random.Random(seed), prompts)
-    tables = _roots(circuit.stages, batch), _truth(circuit.stages, batch)
+    tables = _planted_roots(circuit.stages, batch), _truth(circuit.stages, batch)
     return Planted(name, wrap_model(hf_model, f"planted-{name}"), batch, *tables)
 
 
@@ -137,7 +137,7 @@ def _send(
     return tuple(((space, x), (message, x)) for x in values)
 
 
-def _induction() -> Circuit:
+def _induction() -> Planting:
     before = tuple(Match(("position", i), (("position", i - 1),)) for i in range(2, POSITIONS))
     previous = Head(0, 0, before, _send("token", "previous", THINGS))
     matches = _same("token", "previous", THINGS)
@@ -146,7 +146,7 @@ def _induction() -> Circuit:
         Stage(previous, "S1+1", "S1", ("position",), ("position",)),
         Stage(induction, "end", "S1+1", ("embedding",), ("0.0",), root=True),
     )
-    return Circuit(stages, (START, *THINGS), _draw_repeat)
+    return Planting(stages, (START, *THINGS), _draw_repeat)
 
 
 def _heads_of_inhibition() -> tuple[Head, Head, Head]:
@@ -162,7 +162,7 @@ def _heads_of_inhibition() -> tuple[Head, Head, Head]:
     return duplicate, inhibition, Head(2, 0, answers, _send("token", "answer", PEOPLE))
 
 
-def _inhibition(copies: int = 1, decoys: tuple[Head, ...] = ()) -> Circuit:
+def _inhibition(copies: int = 1, decoys: tuple[Head, ...] = ()) -> Planting:
     duplicate, inhibition, mover = _heads_of_inhibition()
     informants = [replace(inhibition, head=n) for n in range(copies)]
     names = tuple(head.name for head in informants)
@@ -174,10 +174,10 @@ def _inhibition(copies: int = 1, decoys: tuple[Head, ...] = ()) -> Circuit:
             for n in range(copies)
         ),
     )
-    return Circuit(stages, (START, *PEOPLE, *SENTENCE_WORDS), _draw_sentence, decoys)
+    return Planting(stages, (START, *PEOPLE, *SENTENCE_WORDS), _draw_sentence, decoys)
 
 
-def _with_decoys() -> Circuit:
+def _with_decoys() -> Planting:
     decoys = []
     for head in _heads_of_inhibition()[:2]:
         loud = tuple((feature, ("loud", head.name)) for feature, _ in head.send)
@@ -211,7 +211,7 @@ def _draw_sentence(rng: random.Random, n: int) -> dict:
     io, s = rng.sample(PEOPLE, 2)
     order = ("ABBA", "BABA")[n % 2]
     a, b = (io, s) if order == "ABBA" else (s, io)
-    template = TEMPLATES[n // 2 % 2].split()
+    template = TWO_TEMPLATES[n // 2 % 2].split()
     words = [{"[A]": a, "[B]": b, "[S]": s}.get(word, word) for word in template]
     first = 1 + words.index(s)
     roles = {"IO": 1 + words.index(io), "S1": first, "S1+1": first + 1}
@@ -219,7 +219,7 @@ def _draw_sentence(rng: random.Random, n: int) -> dict:
     return {"words": words, "io": io, "s": s, "order": order, "roles": roles}
 
 
-def _batch(circuit: Circuit, rng: random.Random, prompts: int) -> Batch:
+def _batch(circuit: Planting, rng: random.Random, prompts: int) -> Batch:
     rows = pd.DataFrame([circuit.draw(rng, n) for n in range(prompts)])
     labels = [[START, *words] for words in rows.pop("words")]
     rows.insert(0, "text", [" ".join(words[1:]) for words in labels])
@@ -234,7 +234,7 @@ def _batch(circuit: Circuit, rng: random.Random, prompts: int) -> Batch:
     return Batch(rows, tokens, mask, labels, roles, io, s)
 
 
-def _roots(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:
+def _planted_roots(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:
     tables = [_firings(stage, batch) for stage in stages if stage.root]
     return pd.concat(tables, ignore_index=True)
 

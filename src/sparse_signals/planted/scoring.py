@@ -41,7 +41,7 @@ HEADS_ONLY = ("exact, heads only", "published", "loudest")
 COUNTED = ("head edges", "all edges")
 FATES = ("found", "lost by the cut", "cut off by silence", "reader silent")
 FIRING = ["prompt", "layer", "head", "dest", "src"]
-ROLES = ("end", "IO", "S2", "S1+1", "S1")  # the first of these that a token has names it
+ROLE_ORDER = ("end", "IO", "S2", "S1+1", "S1")  # the first of these that a token has names it
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def drawn_edges(case: Planted) -> pd.DataFrame:
     reader = head_name(case.truth["layer"], case.truth["head"])
     edges = case.truth.assign(reader=reader, circuit=case.name)
     writes = edges["dest"].where(edges["side"] == "dest", edges["src"])
-    edges["role"], edges["at"] = _roles(case, edges, writes), _roles(case, edges, edges["dest"])
+    edges["role"], edges["at"] = _role_names(case, edges, writes), _role_names(case, edges, edges["dest"])
     columns = ["circuit", "upstream", "role", "side", "reader", "at"]
     return edges[columns].drop_duplicates(ignore_index=True)
 
@@ -292,7 +292,7 @@ def drawn_decoys(case: PlantedRun) -> pd.DataFrame:
         fired = fired[fired["name"].isin(MUTE + LOUD)]
     else:
         fired = fired.iloc[:0]
-    at = _roles(case.planted, fired, fired["dest"])
+    at = _role_names(case.planted, fired, fired["dest"])
     return pd.DataFrame({"circuit": case.planted.name, "reader": fired["name"], "at": at})
 
 
@@ -317,7 +317,7 @@ def drawn_attention(case: PlantedRun) -> pd.DataFrame:
     return looks.assign(target=looks["dest"].map(words), source=looks["src"].map(words))
 
 
-def _roles(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[str]:
-    roles = {role: case.batch.roles[role].tolist() for role in ROLES if role in case.batch.roles}
+def _role_names(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[str]:
+    roles = {role: case.batch.roles[role].tolist() for role in ROLE_ORDER if role in case.batch.roles}
     pairs = zip(table["prompt"], token, strict=True)
     return [next(r for r in roles if roles[r][prompt] == place) for prompt, place in pairs]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HEADS, D_HEAD, POSITIONS = 4, 32, 12
 D_MODEL, D_MLP = HEADS * D_HEAD, 32
 MATCH, REST = 32.0, 13.0  # the score of a match, and of the first token for everyone
-STEP = 0.05  # matches of a head differ by 5 % each, so that no two singular values are equal
+SPREAD = 0.05  # matches of a head differ by 5 % each, so that no two singular values are equal
 MESSAGE = 0.25  # norm of what a head sends; a token and a position have norm 1
 ANSWER_LOGIT = 10.0  # what a message ("answer", word) adds to the logit of the word
 Feature = tuple[str, Hashable]  # ("token", "Mary"), ("position", 3), ("previous", "Mary")
@@ -133,7 +133,7 @@ def _head_weights(
         raise ValueError(f"head {head.name}: at most {D_HEAD - 1} matches and {D_HEAD} sends")
     W_Q, W_K, W_V, W_O = torch.zeros(4, D_MODEL, D_HEAD).double()
     for k, match in enumerate(head.match):
-        size = sqrt(abs(match.score) * (1 + STEP * k) * sqrt(D_HEAD))
+        size = sqrt(abs(match.score) * (1 + SPREAD * k) * sqrt(D_HEAD))
         W_Q[:, k] = size * _reader(basis, match.dest)
         W_K[:, k] = size * sum(_reader(basis, source) for source in match.src)
         W_K[:, k] *= 1 if match.score > 0 else -1

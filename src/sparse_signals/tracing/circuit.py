@@ -107,10 +107,10 @@ def pool(
         each["times"] = each["times"].mask(started, 1)
     else:
         each["times"] = 1
-    return _sorted(_summary(each, len(batch.tokens), repeats, seed))
+    return _sorted(_pooled(each, len(batch.tokens), repeats, seed))
 
 
-def _summary(each: pd.DataFrame, of: int, repeats: int, seed: int) -> pd.DataFrame:
+def _pooled(each: pd.DataFrame, of: int, repeats: int, seed: int) -> pd.DataFrame:
     """Counts, means and bootstrap intervals of every edge; `each` has a row per edge and prompt."""
     groups = each.groupby([*KEY, "role"], sort=False)
     table = groups.agg(
