@@ -17,7 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_signals.core.checkpoints import MODEL_NAMES, ModelError, find_checkpoint, read_checkpoint
+from sparse_signals.core.checkpoints import (
+    MODEL_NAMES,
+    ModelError,
+    find_checkpoint,
+    read_checkpoint,
+)
 from sparse_signals.core.smollm2 import load_smollm2
 
 HOOKS = {

@@ -280,7 +280,10 @@ def drawn_edges(case: Planted) -> pd.DataFrame:
     reader = head_name(case.truth["layer"], case.truth["head"])
     edges = case.truth.assign(reader=reader, circuit=case.name)
     writes = edges["dest"].where(edges["side"] == "dest", edges["src"])
-    edges["role"], edges["at"] = _role_names(case, edges, writes), _role_names(case, edges, edges["dest"])
+    edges["role"], edges["at"] = (
+        _role_names(case, edges, writes),
+        _role_names(case, edges, edges["dest"]),
+    )
     columns = ["circuit", "upstream", "role", "side", "reader", "at"]
     return edges[columns].drop_duplicates(ignore_index=True)
 
@@ -318,6 +321,8 @@ def drawn_attention(case: PlantedRun) -> pd.DataFrame:
 
 
 def _role_names(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[str]:
-    roles = {role: case.batch.roles[role].tolist() for role in ROLE_ORDER if role in case.batch.roles}
+    roles = {
+        role: case.batch.roles[role].tolist() for role in ROLE_ORDER if role in case.batch.roles
+    }
     pairs = zip(table["prompt"], token, strict=True)
     return [next(r for r in roles if roles[r][prompt] == place) for prompt, place in pairs]
