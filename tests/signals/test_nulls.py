@@ -1,12 +1,11 @@
 """The null models of chapter 3 keep what they promise to keep."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from sparse_signals.core.run import read_attention
-from sparse_signals.core.stats import bootstrap, random_rotation
+from sparse_signals.core.stats import random_rotation
 from sparse_signals.heads.svd import head_svd, qk_forms
 from sparse_signals.signals.firings import Pairs, find_firings, sample_silent
 from sparse_signals.signals.nulls import (
@@ -67,23 +66,6 @@ def test_random_rotation_is_orthogonal_and_seeded():
     torch.testing.assert_close(turn.mT @ turn, torch.eye(16, dtype=torch.float64))
     assert torch.equal(turn, random_rotation(16, seed=5))
     assert not torch.equal(turn, random_rotation(16, seed=6))
-
-
-def test_bootstrap_covers_the_mean_and_resamples_prompts():
-    rng = np.random.default_rng(0)
-    prompts = np.repeat(np.arange(50), 20)
-    table = pd.DataFrame({"a": rng.normal(size=50)[prompts], "b": 2.0})
-    by_prompt = bootstrap(table, prompts).set_index("measure")
-    by_row = bootstrap(table, np.arange(1000)).set_index("measure")
-    assert by_prompt.loc["a", "value"] == pytest.approx(table["a"].mean())
-    assert by_prompt.loc["a", "low"] < by_prompt.loc["a", "value"] < by_prompt.loc["a", "high"]
-    width = by_prompt["high"] - by_prompt["low"]
-    assert width["a"] > 3 * (by_row["high"] - by_row["low"])["a"] and width["b"] == 0
-
-
-def test_bootstrap_takes_any_statistic():
-    table = pd.DataFrame({"a": [1.0, 2, 3, 100]})
-    assert bootstrap(table, np.arange(4), np.median)["value"].item() == 2.5
 
 
 def test_sparse_code_in_a_known_basis_beats_its_rotations():

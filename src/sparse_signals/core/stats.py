@@ -1,6 +1,6 @@
 """Intervals, ranks and random matrices: the statistics that every chapter shares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 DRAWS = 1000  # of a bootstrap
+ENTRIES = 2**21  # of a matrix of samples at once
 
 
 def participation_ratio(weights: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
@@ -40,36 +41,81 @@ def random_rotation(rank: int, seed: int) -> Float[Tensor, "r r"]:
     return Q * R.diagonal().sign()
 
 
+def resample(
+    clusters: int, draws: int = DRAWS, seed: int = 0
+) -> Float[np.ndarray, "sample cluster"]:
+    """How often each cluster is drawn: each once (row 0: the data itself), then in every draw."""
+    share = np.ones(clusters) / clusters
+    drawn = np.random.default_rng(seed).multinomial(clusters, share, draws)
+    return np.vstack([np.ones(clusters), drawn])
+
+
+def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval of bootstrap samples, low and high: the samples nearest these quantiles.
+
+    Samples are draws alone, without the data itself. NaN is left out. No two samples are averaged,
+    so some may be infinite.
+    """
+    ordered = np.sort(np.asarray(samples, dtype=float), axis)  # NaN last
+    last = (~np.isnan(ordered)).sum(axis, keepdims=True) - 1
+    cut = np.rint(0.025 * last).astype(int)
+    low, high = (np.take_along_axis(ordered, place, axis) for place in (cut, last - cut))
+    return low.squeeze(axis), high.squeeze(axis)
+
+
 def bootstrap(
     table: pd.DataFrame,
-    prompts: Int[np.ndarray, "row"],
-    statistic: Callable[..., np.ndarray] = np.mean,
-    repeats: int = 200,
+    clusters: ArrayLike,
+    weights: ArrayLike | None = None,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A statistic of every column with its 95 % interval, resampling whole prompts.
+    """Σ values / Σ weights of every column with its 95 % interval, resampling whole clusters.
 
-    Pairs of one prompt are not independent, so prompts are drawn, not rows. One row per column:
-    measure, value, low, high.
+    clusters: the independent unit that each row belongs to, such as its prompt or its template.
+    weights: of each row, or of each entry; without them the ratio is the mean over rows. NaN
+    entries are left out; a ratio is NaN where its weights do not sum to more than 0. One row per
+    column: measure, value, low, high.
     """
-    order = np.argsort(prompts, kind="stable")
-    rows = table.to_numpy(dtype=float)[order]
-    _, start, count = np.unique(np.asarray(prompts)[order], return_index=True, return_counts=True)
-    rng = np.random.default_rng(seed)
-    draws = []
-    for pick in rng.integers(len(start), size=(repeats, len(start))):
-        ends = count[pick].cumsum()
-        shift = np.repeat(start[pick] - (ends - count[pick]), count[pick])
-        draws.append(statistic(rows[np.arange(ends[-1]) + shift], axis=0))
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    columns = {"measure": table.columns, "value": statistic(rows, axis=0), "low": low, "high": high}
-    return pd.DataFrame(columns)
+    values, (names, cluster) = table.to_numpy(float), np.unique(clusters, return_inverse=True)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    weights = np.broadcast_to(weights if weights.ndim == 2 else weights[:, None], values.shape)
+    kept = ~np.isnan(values + weights)
+    row, column = kept.nonzero()
+    times = resample(len(names), draws, seed)
+    value, low, high = group_bootstrap(
+        values[kept], column, cluster[row], times, table.shape[1], weights[kept]
+    )
+    return pd.DataFrame({"measure": table.columns, "value": value, "low": low, "high": high})
 
 
-def prompt_draws(prompts: int, repeats: int, seed: int) -> Float[np.ndarray, "sample prompt"]:
-    """How often each prompt is drawn: once, then in every bootstrap sample."""
-    drawn = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, repeats)
-    return np.vstack([np.ones(prompts), drawn])
+def group_bootstrap(
+    values: Float[np.ndarray, "row"],
+    group: Int[np.ndarray, "row"],
+    cluster: Int[np.ndarray, "row"],
+    times: Float[np.ndarray, "sample cluster"],
+    groups: int,
+    weights: Float[np.ndarray, "row"] | None = None,
+) -> Float[np.ndarray, "3 group"]:
+    """Σ values / Σ weights over the rows of every group, or Σ values: value, low, high.
+
+    times comes from `resample`, and is the same for all groups. A cluster need not be in a group.
+    """
+    found, order = np.empty((3, groups)), np.argsort(group, kind="stable")
+    step = max(1, ENTRIES // max(times.shape))
+    for start in range(0, groups, step):
+        size = min(step, groups - start)
+        rows = order[slice(*np.searchsorted(group, [start, start + size], sorter=order))]
+        place = cluster[rows] * size + group[rows] - start
+        samples, total = (
+            times @ np.bincount(place, x[rows], times.shape[1] * size).reshape(-1, size)
+            for x in (values, values if weights is None else weights)
+        )
+        if weights is not None:
+            nothing = np.full_like(samples, np.nan)
+            samples = np.divide(samples, total, out=nothing, where=total > 0)
+        found[:, start : start + size] = samples[0], *bounds(samples[1:])
+    return found
 
 
 def rank_correlation(

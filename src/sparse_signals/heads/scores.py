@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_signals.core.run import Run
-from sparse_signals.core.stats import tidy
+from sparse_signals.core.stats import DRAWS, bootstrap
 from sparse_signals.heads.svd import QKForms
 
 PARTS = ("content", "source", "destination", "constant")
@@ -71,23 +71,20 @@ def pair_shares(
     scores: Float[Tensor, "layer prompt head dest src"],
     mask: Bool[Tensor, "prompt pos"],
     first: int = 1,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The share of a head's variation within softmax rows that `additive_fit` leaves.
 
-    One row per head: layer, head, share, and its 95 % interval, low and high, from `repeats`
+    One row per head: layer, head, share, and its 95 % interval, low and high, from `draws`
     bootstrap samples of the prompts.
     """
     left, total = (t.cpu() for t in additive_fit(scores, mask, first))
-    prompts = left.shape[1]
-    draws = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, repeats)
-    times = torch.from_numpy(np.vstack([np.ones(prompts), draws]))
-    share = torch.einsum("np,lph->nlh", times, left) / torch.einsum("np,lph->nlh", times, total)
-    bounds = share[1:].quantile(torch.tensor([0.025, 0.975], dtype=share.dtype), dim=0)
-    table = tidy(torch.stack([share[0], *bounds]), ("value", "layer", "head"), "number")
-    table = table.pivot(index=["layer", "head"], columns="value", values="number").reset_index()
-    return table.set_axis(["layer", "head", "share", "low", "high"], axis=1)
+    by_prompt, weights = (pd.DataFrame(t.transpose(0, 1).flatten(1)) for t in (left, total))
+    found = bootstrap(by_prompt, np.arange(len(by_prompt)), weights, draws, seed)
+    heads = pd.MultiIndex.from_product([range(len(left)), range(left.shape[2])])
+    table = heads.to_frame(index=False, name=["layer", "head"])
+    return table.assign(share=found["value"], low=found["low"], high=found["high"])
 
 
 def shuffle_sources(

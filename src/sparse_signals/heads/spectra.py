@@ -10,7 +10,13 @@ from torch import Tensor
 
 from sparse_signals.core.model import head_name
 from sparse_signals.core.run import Run
-from sparse_signals.core.stats import participation_ratio, random_rotation
+from sparse_signals.core.stats import (
+    DRAWS,
+    bounds,
+    participation_ratio,
+    random_rotation,
+    resample,
+)
 from sparse_signals.heads.svd import HeadSVD, QKForms, head_svd
 
 NULLS = ("shape", "norms", "factors")
@@ -230,7 +236,7 @@ def choice_shares(
     right: Int[Tensor, "basis count *heads prompt"],
     total: Int[Tensor, "prompt"],
     counts: Sequence[int],
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Share of right choices for every K, and how many directions reach 95 %.
@@ -239,20 +245,18 @@ def choice_shares(
     two tables with value, low, high: one row per basis and K, and one row per basis.
     """
     pooled = right.flatten(2, -2).double().mean(2) if right.ndim > 3 else right.double()
-    rng = np.random.default_rng(seed)
-    picks = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), repeats)
-    weights = torch.from_numpy(picks).double()
-    drawn = torch.einsum("bcp,np->nbc", pooled, weights) / (weights @ total.double())[:, None, None]
-    mean = pooled.sum(-1) / total.sum()
-    draw = 1 + torch.arange(repeats) % (len(pooled) - 1)
+    times = torch.from_numpy(resample(len(total), draws, seed))
+    share = torch.einsum("bcp,np->nbc", pooled, times) / (times @ total.double())[:, None, None]
+    mean, drawn = share[0], share[1:]
+    draw = 1 + torch.arange(draws) % (len(pooled) - 1)
     bases = {"singular vectors": (mean[:1], drawn[:, 0]),
-             "random directions": (mean[1:], drawn[torch.arange(repeats), draw])}  # fmt: skip
+             "random directions": (mean[1:], drawn[torch.arange(draws), draw])}  # fmt: skip
     shares, needed = [], []
     for basis, (value, samples) in bases.items():
-        low, high = np.quantile(samples.numpy(), [0.025, 0.975], axis=0)
+        low, high = bounds(samples.numpy())
         columns = {"K": list(counts), "value": value.mean(0).numpy(), "low": low, "high": high}
         shares.append(pd.DataFrame(columns).assign(basis=basis))
-        low, high = np.quantile(_needed(samples, counts), [0.025, 0.975])
+        low, high = bounds(_needed(samples, counts))
         columns = {"basis": basis, "value": _needed(value.mean(0), counts), "low": low}
         needed.append(columns | {"high": high})
     return pd.concat(shares, ignore_index=True), pd.DataFrame(needed)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparse_signals.core.prompts import Batch, role_numbers
 from sparse_signals.core.run import fitting_rows, run_model
-from sparse_signals.core.stats import prompt_draws
+from sparse_signals.core.stats import DRAWS, bounds, resample
 from sparse_signals.interventions.gated_model import (
     CHUNK_BYTES,
     Outcome,
@@ -160,7 +160,7 @@ def curves(
     sizes: Sequence[int],
     roots: pd.DataFrame | None = None,
     *,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -174,7 +174,7 @@ def curves(
     A ranking that has fewer edges than a size is run whole. Source: Wang et al. 2023, section 4.
     """
     closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
-    rows, draws = [], prompt_draws(len(closed.difference), repeats, seed)
+    rows, times = [], resample(len(closed.difference), draws, seed)
     for method, ranking in tqdm(rankings.items(), disable=not progress, unit="method"):
         longest = max(map(len, ranking))
         for size in sorted({min(size, longest) for size in sizes}):
@@ -183,8 +183,8 @@ def curves(
                 for others in (False, True)
             )
             row = {"method": method, "size": size}
-            row |= _summary("faithfulness", *_shares(runs, closed, opened, draws))
-            row |= _summary("completeness", *_shares(rest, opened, closed, draws))
+            row |= _summary("faithfulness", *_shares(runs, closed, opened, times))
+            row |= _summary("completeness", *_shares(rest, opened, closed, times))
             difference = torch.stack([run.difference for run in runs])
             row |= {"difference": float(difference.mean())}
             row |= {"accuracy": float((difference > 0).double().mean())}
@@ -199,17 +199,17 @@ def _none() -> Int[Tensor, "0"]:
 
 
 def _shares(
-    runs: Sequence[Outcome], zero: Outcome, one: Outcome, draws: Float[np.ndarray, "sample prompt"]
+    runs: Sequence[Outcome], zero: Outcome, one: Outcome, times: Float[np.ndarray, "sample prompt"]
 ) -> tuple[float, Float[np.ndarray, "drawn"]]:
     """Where the mean of runs lies between those of two others: the mean over runs, and samples."""
-    low, high = (draws @ x.difference.double().cpu().numpy() for x in (zero, one))
-    totals = np.array([draws @ run.difference.double().cpu().numpy() for run in runs])
+    low, high = (times @ x.difference.double().cpu().numpy() for x in (zero, one))
+    totals = np.array([times @ run.difference.double().cpu().numpy() for run in runs])
     shares = (totals - low) / (high - low)
     return float(shares[:, 0].mean()), shares[:, 1:].flatten()
 
 
 def _summary(name: str, value: float, samples: Float[np.ndarray, "drawn"]) -> dict[str, float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
+    low, high = bounds(samples)
     return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
@@ -245,7 +245,7 @@ def minimality(
     edges: Int[Tensor, "edge"],
     by: Sequence[str] = EDGE,
     *,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What a circuit loses with each of its edges, or groups of edges that agree in `by`.
@@ -255,7 +255,7 @@ def minimality(
     run a group. Source: Wang et al. 2023, section 4.
     """
     closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
-    draws = prompt_draws(len(closed.difference), repeats, seed)
+    times = resample(len(closed.difference), draws, seed)
     whole = run_switched(board, gates(board, edges)).difference
     rows = []
     for key, group in edge_table(board, edges).groupby(list(by), sort=False):
@@ -263,6 +263,6 @@ def minimality(
         lost = whole - run_switched(board, gates(board, kept)).difference
         # a drop is a difference of faithfulness: measured from closed, it is one of F
         shifted = Outcome(closed.difference + lost, closed.pattern)
-        drop = _summary("drop", *_shares([shifted], closed, opened, draws))
+        drop = _summary("drop", *_shares([shifted], closed, opened, times))
         rows.append(dict(zip(by, key, strict=True)) | {"edges": len(group)} | drop)
     return pd.DataFrame(rows).sort_values("drop", ascending=False, ignore_index=True)

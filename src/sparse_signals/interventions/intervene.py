@@ -7,7 +7,6 @@ signal, boosting adds it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -24,6 +23,7 @@ from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import chunked, run_key
 from sparse_signals.core.rotary import rotate, rotation
 from sparse_signals.core.run import BIAS_ROW, chunk_rows, component_table
+from sparse_signals.core.stats import DRAWS, group_bootstrap, resample
 from sparse_signals.interventions.changes import (
     MID,
     PRE,
@@ -353,7 +353,7 @@ def summary(
     table: pd.DataFrame,
     batch: Batch,
     measures: Sequence[str] = MEASURES,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What interventions do on average, edge by pooled edge, with 95 % intervals over prompts.
@@ -369,22 +369,13 @@ def summary(
     groups = each.groupby(by, sort=False)
     number, size = groups.ngroup().to_numpy(), groups.ngroups
     pooled = groups.agg(prompts=("prompt", "size")).reset_index()
-    prompts, of = each["prompt"].to_numpy(), len(batch.tokens)
-    draws = np.random.default_rng(seed).multinomial(of, [1 / of] * of, repeats)
+    prompts, times = each["prompt"].to_numpy(), resample(len(batch.tokens), draws, seed)
     parts = []
     for measure in measures:
-        mean = partial(_mean, number, size, each[measure].to_numpy())
-        resampled = [mean(draw[prompts]) for draw in draws]
-        bounds = np.nanquantile(resampled, [0.025, 0.975], axis=0) if size else np.empty((2, 0))
-        columns = {"value": mean(np.ones(len(each))), "low": bounds[0], "high": bounds[1]}
-        parts.append(pooled.assign(measure=measure, **columns))
+        known, values = each[measure].notna().to_numpy(float), each[measure].fillna(0).to_numpy()
+        value, low, high = group_bootstrap(values, number, prompts, times, size, known)
+        parts.append(pooled.assign(measure=measure, value=value, low=low, high=high))
     return pd.concat(parts, ignore_index=True)
-
-
-def _mean(number: np.ndarray, size: int, values: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Mean of each group where every value counts some times."""
-    count, total = np.bincount(number, times, size), np.bincount(number, times * values, size)
-    return np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
 
 
 def _differences(

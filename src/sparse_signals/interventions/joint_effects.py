@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_signals.core.prompts import Batch, token_roles
 from sparse_signals.core.run import BIAS_ROW
-from sparse_signals.core.stats import prompt_draws
+from sparse_signals.core.stats import DRAWS, bootstrap, bounds, resample
 from sparse_signals.interventions.changes import Clean, Layers
 from sparse_signals.interventions.edge_signals import Signals, read_signals
 from sparse_signals.interventions.intervene import intervene
@@ -132,7 +132,7 @@ def joint_effect(
     clean: Clean,
     players: Players,
     how: Ablations | None = None,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.Series:
     """What all players lose us together, over the sum of what each loses us alone.
@@ -147,13 +147,13 @@ def joint_effect(
     coalitions[-1] -= 1
     lost = losses(layers, clean, players, coalitions, how or Ablations())
     sums = np.column_stack([lost[:, :-1].sum(1), lost[:, -1]])
-    summed, joint = (prompt_draws(len(sums), repeats, seed) @ sums).T / len(sums)
+    summed, joint = (resample(len(sums), draws, seed) @ sums).T / len(sums)
     alone = summed * np.sign(joint) > TINY * np.abs(joint)
     ratio = np.where(alone, joint / np.where(alone, summed, 1), np.inf)
     found = {"summed": summed, "joint": joint, "ratio": ratio, "gap": joint - summed}
     row = {"players": len(players), "prompts": len(sums)}
     for name, samples in found.items():
-        low, high = np.quantile(samples[1:], [0.025, 0.975], method="nearest")  # inf − inf is NaN
+        low, high = bounds(samples[1:])
         row |= {name: samples[0], f"{name}_low": low, f"{name}_high": high}
     return pd.Series(row)
 
@@ -164,7 +164,7 @@ def interactions(
     players: Players,
     how: Ablations | None = None,
     permutations: int = 200,
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Shapley interaction index of every pair of players, in units of what is lost.
@@ -178,11 +178,10 @@ def interactions(
     n = len(players)
     coalitions, weights = exact_index(n) if n <= EXACT else sampled_index(n, permutations, seed)
     each = losses(layers, clean, players, coalitions, how or Ablations()) @ weights
-    means = prompt_draws(len(each), repeats, seed) @ each / len(each)
-    low, high = np.quantile(means[1:], [0.025, 0.975], axis=0)
+    found = bootstrap(pd.DataFrame(each), np.arange(len(each)), draws=draws, seed=seed)
     first, second = np.triu_indices(n, 1)
-    columns = {"first": first, "second": second, "value": means[0], "low": low, "high": high}
-    return pd.DataFrame(columns)
+    ends = pd.DataFrame({"first": first, "second": second})
+    return ends.join(found.drop(columns="measure"))
 
 
 def exact_index(

@@ -7,7 +7,6 @@ model goes on from there. So a path that was not needed before can take over, an
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from torch import Tensor
 from sparse_signals.core.forward import run_without
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import Run, chunk_rows
-from sparse_signals.core.stats import prompt_draws
+from sparse_signals.core.stats import DRAWS, bootstrap
 from sparse_signals.interventions.disjoint_paths import EMBEDDINGS, best_paths
 from sparse_signals.interventions.edge_signals import by_reader, column, read_signals, solve
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
@@ -140,7 +139,7 @@ def _take(
     removed.index_put_((prompt, token, component), delta, accumulate=True)
 
 
-def takeover(table: pd.DataFrame, repeats: int = 200, seed: int = 0) -> pd.DataFrame:
+def takeover(table: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     """What happens on average in each round of `knock_out`, with 95 % intervals over prompts.
 
     One row per round and measure: round, measure, value, low, high, firings. Measures are F,
@@ -148,21 +147,15 @@ def takeover(table: pd.DataFrame, repeats: int = 200, seed: int = 0) -> pd.DataF
     root, the share that came back, Σ (score − expected) / Σ (carried in the round before).
     """
     table = table.sort_values(["prompt", "src", "round"], kind="stable")
-    table["back"] = table["score"] - table["expected"]
+    table["returned"] = table["score"] - table["expected"]
     table["taken"] = table.groupby(["prompt", "src"])["carried"].shift()
-    rows = []
+    table, parts = table.fillna({"product": 0.0, "returned": 0.0, "taken": 0.0}), []
     for number, group in table.groupby("round"):
-        sums = group.fillna({"product": 0.0, "back": 0.0, "taken": 0.0}).groupby("prompt")
-        sums = sums[["F", "score", "attention", "product", "back", "taken"]].sum()
-        counts = group.groupby("prompt").size().to_numpy()
-        draws = prompt_draws(len(sums), repeats, seed)
-        totals, size = draws @ sums.to_numpy(), draws @ counts
-        means = dict(zip(sums.columns[:4], totals.T[:4] / size, strict=True))
-        if number > 0 and totals[0, 5] > 0:
-            taken = np.where(totals[:, 5] > 0, totals[:, 5], np.nan)
-            means["returned"] = totals[:, 4] / taken
-        for measure, found in means.items():
-            low, high = np.nanquantile(found[1:], [0.025, 0.975])
-            rows.append([number, measure, found[0], low, high, len(group)])
+        measures = ["F", "score", "attention", "product"]
+        weights = pd.DataFrame(1.0, group.index, measures)
+        if number > 0 and group["taken"].sum() > 0:
+            weights["returned"] = group["taken"]
+        found = bootstrap(group[[*weights]], group["prompt"], weights, draws, seed)
+        parts.append(found.assign(round=number, firings=len(group)))
     columns = ["round", "measure", "value", "low", "high", "firings"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.concat(parts, ignore_index=True)[columns]

@@ -57,7 +57,7 @@ def find_movers(model: Model, batch: Batch, n: int = 5, least: float = 0.1) -> l
 def commonest_edges(case: Case, n: int = 18) -> pd.DataFrame:
     """The edges of a trace that belong to its n commonest pooled edges; the bias row is none."""
     edges = case.traced.edges[case.traced.edges["upstream"] != BIAS_ROW]
-    top = pool(edges, case.batch, repeats=1).head(n)[KEY]
+    top = pool(edges, case.batch, draws=1).head(n)[KEY]
     rows = labelled(edges.reset_index(names="label"), roles_of(case.batch)).merge(top, on=KEY)
     return edges.loc[sorted(set(rows["label"]))]
 

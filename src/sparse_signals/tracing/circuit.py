@@ -10,11 +10,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import networkx as nx
-import numpy as np
 import pandas as pd
 
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import atomic, write_parquet
+from sparse_signals.core.stats import DRAWS, group_bootstrap, resample
 
 KEY = ["upstream", "downstream", "side", "dest_role", "src_role"]
 FORMATS = (".graphml", ".json", ".parquet", ".html")
@@ -80,7 +80,7 @@ def pool(
     edges: pd.DataFrame,
     batch: Batch,
     quirks: Quirks = Quirks(),
-    repeats: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The edges of a pooled circuit, as in `Circuit`, from the edges of a trace.
@@ -107,10 +107,10 @@ def pool(
         each["times"] = each["times"].mask(started, 1)
     else:
         each["times"] = 1
-    return _sorted(_pooled(each, len(batch.tokens), repeats, seed))
+    return _sorted(_pooled(each, len(batch.tokens), draws, seed))
 
 
-def _pooled(each: pd.DataFrame, of: int, repeats: int, seed: int) -> pd.DataFrame:
+def _pooled(each: pd.DataFrame, of: int, draws: int, seed: int) -> pd.DataFrame:
     """Counts, means and bootstrap intervals of every edge; `each` has a row per edge and prompt."""
     groups = each.groupby([*KEY, "role"], sort=False)
     table = groups.agg(
@@ -120,19 +120,13 @@ def _pooled(each: pd.DataFrame, of: int, repeats: int, seed: int) -> pd.DataFram
         spread=("weight", lambda x: float(x.std(ddof=0))),
         share=("share", "mean"),
     ).reset_index()
-    number, size = groups.ngroup().to_numpy(), len(table)
-    prompt, times = each["prompt"].to_numpy(), each["times"].to_numpy()
-
-    def resampled(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        count = np.bincount(number, times * draw[prompt], size)
-        total = np.bincount(number, each["weight"] * times * draw[prompt], size)
-        return count, np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
-
-    table["weight"] = resampled(np.ones(of))[1]
-    draws = np.random.default_rng(seed).multinomial(of, [1 / of] * of, repeats)
-    counts, means = (np.array(x) for x in zip(*map(resampled, draws), strict=True))
-    table["low"], table["high"] = np.nanquantile(means, [0.025, 0.975], axis=0)
-    table["prompts_low"], table["prompts_high"] = np.quantile(counts, [0.025, 0.975], axis=0)
+    number, prompt = groups.ngroup().to_numpy(), each["prompt"].to_numpy()
+    times, drawn = each["times"].to_numpy(float), resample(of, draws, seed)
+    weights = times * each["weight"].to_numpy()
+    found = group_bootstrap(weights, number, prompt, drawn, len(table), times)
+    table["weight"], table["low"], table["high"] = found
+    counts = group_bootstrap(times, number, prompt, drawn, len(table))
+    table["prompts_low"], table["prompts_high"] = counts[1:]
     return table.assign(of=of)
 
 

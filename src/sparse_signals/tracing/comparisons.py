@@ -12,7 +12,7 @@ from sparse_signals.core.forward import logit_difference
 from sparse_signals.core.model import Model, activations, head_name
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.run import Run
-from sparse_signals.core.stats import bootstrap
+from sparse_signals.core.stats import DRAWS, bootstrap, bounds, resample
 from sparse_signals.signals.firings import Pairs
 from sparse_signals.tracing.circuit import KEY, Quirks, labelled, pool
 from sparse_signals.tracing.contributions import SIDES, Contributions, Settings, contributions
@@ -100,7 +100,7 @@ def sensitivity(run: Run, roots: Sequence[Root], weighting: str = "exact") -> pd
     rows = []
     for (name, value, _), edges in zip(varied, others, strict=True):
         same = pd.DataFrame({"overlap": overlap(default, edges, prompts)})
-        found = bootstrap(same, np.arange(prompts), np.nanmean)
+        found = bootstrap(same, np.arange(prompts))
         each = len(edges) / prompts
         rows.append(found.assign(setting=name, x=value, edges=each, weighting=weighting))
     return pd.concat(rows, ignore_index=True).drop(columns="measure")
@@ -172,7 +172,7 @@ def likeness(found: Bool[np.ndarray, "prompt edge"]) -> Float[np.ndarray, "promp
     return np.divide(shared, either, out=np.zeros_like(shared), where=either > 0)
 
 
-def prompt_likeness(edges: pd.DataFrame, batch: Batch, repeats: int = 200) -> pd.DataFrame:
+def prompt_likeness(edges: pd.DataFrame, batch: Batch, draws: int = DRAWS) -> pd.DataFrame:
     """How alike the traces of two prompts are, by what the prompts have in common.
 
     One row per relation (order of names × template): mean overlap of the edges of two prompts,
@@ -181,21 +181,20 @@ def prompt_likeness(edges: pd.DataFrame, batch: Batch, repeats: int = 200) -> pd
     alike, table, size = likeness(incidence(edges, batch)), batch.table, len(batch.tokens)
     order, template = (table[c].to_numpy() for c in ("order", "template"))
     same = {"order": order[:, None] == order, "template": template[:, None] == template}
-    draws = np.random.default_rng(0).multinomial(size, [1 / size] * size, repeats)
+    drawn = resample(size, draws)
     rows = []
     for with_order in (True, False):
         for with_template in (True, False):
             pairs = (same["order"] == with_order) & (same["template"] == with_template)
             pairs &= ~np.eye(size, dtype=bool)
-            times = np.einsum("bi,ij,bj->b", draws, pairs, draws, optimize=True)
-            total = np.einsum("bi,ij,bj->b", draws, pairs * alike, draws, optimize=True)
+            times, total = ((drawn @ x * drawn).sum(1) for x in (pairs, pairs * alike))
             if not pairs.any():
                 continue
-            ratio = np.divide(total, times, out=np.full(repeats, np.nan), where=times > 0)
-            low, high = np.nanquantile(ratio, [0.025, 0.975])
+            ratio = np.divide(total, times, out=np.full(len(drawn), np.nan), where=times > 0)
+            low, high = bounds(ratio[1:])
             words = ["same" if x else "other" for x in (with_template, with_order)]
             name = f"{words[0]} template, {words[1]} order"
-            rows.append((name, alike[pairs].mean(), low, high, int(pairs.sum()) // 2))
+            rows.append((name, ratio[0], low, high, int(pairs.sum()) // 2))
     return pd.DataFrame(rows, columns=["prompts", "overlap", "low", "high", "pairs"])
 
 
