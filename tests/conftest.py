@@ -9,8 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transfor
 import pytest
 import torch
 
+from batches import plain_batch
 from random_models import ROTARY, SIZES, save_random_model
 from sparse_signals.core.model import Model, load_model
+from sparse_signals.core.prompts import Batch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [  # works as root in a container, and asks no host for anything by itself
@@ -64,6 +66,12 @@ def tokens() -> torch.Tensor:
 def mask(tokens: torch.Tensor) -> torch.Tensor:
     """Which of `tokens` are not padding: lengths 5 to 12."""
     return torch.arange(12) < torch.arange(5, 13)[:, None]
+
+
+@pytest.fixture(scope="session")
+def batch(tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
+    """`tokens` as prompts, without text, roles or names."""
+    return plain_batch(tokens, mask)
 
 
 @pytest.fixture(scope="session")

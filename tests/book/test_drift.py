@@ -7,10 +7,9 @@ import torch
 from sparse_signals.core.model import load_model
 from sparse_signals.core.numbers import fmt
 from sparse_signals.core.prompts import encode, ioi_prompts
-from sparse_signals.core.run import read_attention
-from sparse_signals.heads.svd import head_svd, qk_forms
+from sparse_signals.core.run import run
 from sparse_signals.signals.firings import find_firings
-from sparse_signals.signals.slices import coordinates, sparsity
+from sparse_signals.signals.slices import slices, sparsity
 
 
 def tables(dtype: torch.dtype, threads: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -20,13 +19,12 @@ def tables(dtype: torch.dtype, threads: int) -> tuple[pd.DataFrame, pd.DataFrame
     try:
         model = load_model("gpt2-ioi", device="cpu", dtype=dtype)
         table = ioi_prompts(16, seed=3, tokenizer=model.tokenizer)
-        batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
-        attention = read_attention(model, batch.tokens, batch.mask)
-        pairs = find_firings(attention)
-        coords = coordinates(head_svd(qk_forms(model)), attention, pairs)
+        ran = run(model, encode(model, table))
+        pairs = find_firings(ran)
+        sparse = sparsity(slices(ran, pairs))
     finally:
         torch.set_num_threads(before)
-    return pairs.table(), sparsity(coords.slices)
+    return pairs.table(), sparse
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_signals.core.run import read_attention
+from sparse_signals.core.run import run
 from sparse_signals.core.stats import participation_ratio
 from sparse_signals.heads.scores import scores as all_scores
 from sparse_signals.heads.spectra import (
@@ -21,7 +21,7 @@ from sparse_signals.heads.spectra import (
     svd_flops,
     turning,
 )
-from sparse_signals.heads.svd import QKForms, head_svd, qk_forms
+from sparse_signals.heads.svd import QKForms, head_svd
 
 
 def random_forms(n=40, r=6, layers=2, heads=3, seed=0):
@@ -31,8 +31,8 @@ def random_forms(n=40, r=6, layers=2, heads=3, seed=0):
 
 
 @pytest.fixture(scope="module")
-def read(tiny_gpt2, tokens, mask):
-    return head_svd(qk_forms(tiny_gpt2)), read_attention(tiny_gpt2, tokens, mask)
+def ran(tiny_gpt2, batch):
+    return run(tiny_gpt2, batch)
 
 
 def test_outer_products_add_up_to_the_form():
@@ -60,7 +60,7 @@ def test_drawn_triangles_have_the_spectra_of_gaussian_products():
 
 def test_each_null_keeps_what_it_says():
     forms = random_forms()
-    stretched = QKForms(10 * forms.A, forms.B, forms.scale)
+    stretched = QKForms(10 * forms.A, forms.B, forms.divisor)
     one, ten = (random_spectra(f, "norms", draws=5) for f in (forms, stretched))
     torch.testing.assert_close(ten, 10 * one)
     turned = random_spectra(forms, "factors", draws=5)
@@ -101,7 +101,7 @@ def test_in_a_near_tie_vectors_turn_and_their_plane_stays():
     svd = head_svd(random_forms(layers=1, heads=1))
     tied = svd.S[0, 0].clone()
     tied[3] = tied[2] * (1 - 1e-10)
-    forms = QKForms((svd.U[0, 0] * tied)[None, None], svd.V, svd.scale)
+    forms = QKForms((svd.U[0, 0] * tied)[None, None], svd.V, svd.divisor)
     table = turning(head_svd(forms), head_svd(perturbed(forms, 1e-6)))
     row = table.set_index("k").loc[2]
     assert row["vector"] > 1 and row["plane"] < 0.01 and row["gap"] < 1e-9
@@ -119,32 +119,31 @@ def test_perturbation_has_the_size_asked_for():
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1e-3))
 
 
-def test_coordinates_make_the_scores(read):
-    svd, attention = read
-    table = coordinate_table(svd, attention, 1, 2)
-    assert len(table) == int(attention.mask.sum()) * svd.S.shape[-1]
+def test_coordinates_make_the_scores(ran):
+    svd = head_svd(ran.model)
+    table = coordinate_table(ran, 1, 2)
+    assert len(table) == int(ran.mask.sum()) * svd.S.shape[-1]
     one = table[table["prompt"] == 3].pivot(index="pos", columns="k", values=["u", "v"])
-    weight = (svd.S[1, 2] / svd.scale[1]).numpy()
+    weight = (svd.S[1, 2] / svd.divisor[1]).numpy()
     made = one["u"].to_numpy() * weight @ one["v"].to_numpy().T
     size = len(made)
-    np.testing.assert_allclose(made, all_scores(attention)[1, 3, 2, :size, :size], atol=1e-9)
+    np.testing.assert_allclose(made, all_scores(ran)[1, 3, 2, :size, :size], atol=1e-9)
 
 
-def test_partial_scores_end_at_the_score(read):
-    svd, attention = read
-    table = partial_scores(svd, attention, 1, 2, prompt=3)
+def test_partial_scores_end_at_the_score(ran):
+    svd = head_svd(ran.model)
+    table = partial_scores(ran, 1, 2, prompt=3)
     last = table[table["K"] == svd.S.shape[-1]]
-    score = all_scores(attention)[1, 3, 2].numpy()
+    score = all_scores(ran)[1, 3, 2].numpy()
     np.testing.assert_allclose(last["score"], score[last["dest"], last["src"]], atol=1e-9)
     assert (table["src"] <= table["dest"]).all()
 
 
-def test_all_directions_keep_every_choice_and_one_agrees_with_a_loop(read):
-    svd, attention = read
-    right, total = choices_kept(svd, attention, [2, 8], draws=2)
+def test_all_directions_keep_every_choice_and_one_agrees_with_a_loop(ran):
+    right, total = choices_kept(ran, [2, 8], draws=2)
     assert (right[:, -1] == total).all()
-    assert total.tolist() == [int(m.sum()) - 2 for m in attention.mask]
-    table = partial_scores(svd, attention, 1, 2, prompt=3)
+    assert total.tolist() == [int(m.sum()) - 2 for m in ran.mask]
+    table = partial_scores(ran, 1, 2, prompt=3)
     table = table[(table["src"] >= 1) & (table["dest"] >= 2)]
     best = table.loc[table.groupby(["K", "dest"])["score"].idxmax()].pivot(
         index="dest", columns="K", values="src"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparse_signals.core.model import logits
-from sparse_signals.core.run import read_attention
+from sparse_signals.core.run import run
 from sparse_signals.planted.circuits import (
-    KEY,
+    EDGE,
     LOUD,
     LOUDNESS,
     MUTE,
@@ -145,7 +145,7 @@ def traced(case):
         for root in case.roots[case.roots["prompt"] == prompt].itertuples():
             firing = (root.layer, root.head, root.dest, root.src)
             trace_one(case.model, layers, prompt, firing, edges)
-    return pd.DataFrame(sorted(edges), columns=KEY)
+    return pd.DataFrame(sorted(edges), columns=EDGE)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -160,12 +160,11 @@ def test_the_second_opinion_is_the_same_model(name, noise):
 
 
 def end_logits(case):
-    return logits(case.model, case.batch.tokens, case.batch.mask.sum(1) - 1)
+    return logits(case.model, case.batch.tokens, case.batch.last)
 
 
 def firings(case):
-    found = find_firings(read_attention(case.model, case.batch.tokens, case.batch.mask))
-    return found.table()
+    return find_firings(run(case.model, case.batch)).table()
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -174,6 +173,8 @@ def test_the_truth_is_what_a_tracer_finds(name):
     result = recovery(traced(case), case.truth)
     assert (result["precision"], result["recall"]) == (1, 1)
     assert len(case.truth) == result["correct"] > 20
+    by_name = case.truth["upstream"].where(~case.truth["upstream"].str.match(r"\d"), "head")
+    assert case.truth["kind"].equals(by_name.rename("kind"))
 
 
 @pytest.mark.parametrize("name", PLANTED)

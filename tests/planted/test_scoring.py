@@ -1,5 +1,6 @@
 """Tracers against planted truth: methods, their comparison, and the fates of missed edges."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -7,12 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from sparse_signals.planted.circuits import KEY, LOUD, MUTE, PLANTED, planted, recovery
+from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, PLANTED, planted, recovery
 from sparse_signals.planted.scoring import (
     FATES,
     HEADS_ONLY,
     METHODS,
-    Case,
     among,
     compare,
     cuts,
@@ -23,7 +23,7 @@ from sparse_signals.planted.scoring import (
     run_case,
     shares,
     strays,
-    sweep,
+    sweep_noise,
     trace_case,
     with_all,
 )
@@ -41,7 +41,7 @@ def test_tracing_is_that_of_the_tracer(name):
     one = case(name)
     heads = one.planted.roots[["layer", "head"]].drop_duplicates().to_numpy().tolist()
     roots = [Root(*head) for head in heads]
-    expected = trace(one.planted.model, one.planted.batch, roots).edges
+    expected = trace(one.run, roots).edges
     pd.testing.assert_frame_equal(trace_case(one), expected)
 
 
@@ -63,7 +63,8 @@ def test_shares_of_the_whole_score_add_up_to_it(noise):
 def test_methods_that_see_heads_only_name_heads_only():
     found = {name: trace_case(case(noise=0.03), name) for name in METHODS}
     for name, edges in found.items():
-        others = ~edges["upstream"].str.match(r"\d")
+        others = edges["kind"] != "head"
+        assert (others == ~edges["upstream"].str.match(r"\d")).all()
         assert others.any() == (name not in HEADS_ONLY)
     table = compare(case(noise=0.03), found)
     counted = set(table.loc[table["edges"] == "all edges", "method"])
@@ -104,8 +105,7 @@ def test_fates_without_noise_are_found():
 def silenced(one, name):
     """The case as if a head fired nowhere."""
     keep = torch.tensor((one.pairs.table()["name"] != name).tolist())
-    parts = vars(one) | {"pairs": one.pairs[keep], "start": one.start[keep]}
-    return Case(**parts)
+    return replace(one, pairs=one.pairs[keep], start=one.start[keep])
 
 
 def test_a_silent_head_cuts_off_what_is_behind_it():
@@ -149,7 +149,7 @@ def test_strays_of_the_whole_score_have_the_shares_they_are_kept_for():
 
 @pytest.fixture(scope="module")
 def swept():
-    return sweep(["induction"], [0.0, 0.06], seeds=2, methods=["exact", "published"])
+    return sweep_noise(["induction"], [0.0, 0.06], seeds=2, methods=["exact", "published"])
 
 
 def test_sweep_has_a_row_for_each_run(swept):
@@ -186,5 +186,5 @@ def test_planted_pairs_attend_fully():
 
 def test_keys_tell_edges_apart():
     found = trace_case(case())
-    assert among(found, case().planted.truth, KEY).all()
-    assert not among(found.assign(side="x"), case().planted.truth, KEY).any()
+    assert among(found, case().planted.truth, EDGE).all()
+    assert not among(found.assign(side="x"), case().planted.truth, EDGE).any()

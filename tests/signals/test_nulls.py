@@ -4,34 +4,35 @@ import pandas as pd
 import pytest
 import torch
 
-from sparse_signals.core.run import read_attention
+from sparse_signals.core.run import run
 from sparse_signals.core.stats import random_rotation
-from sparse_signals.heads.svd import head_svd, qk_forms
 from sparse_signals.signals.firings import Pairs, find_firings, sample_silent
 from sparse_signals.signals.nulls import (
     gaussian_slices,
     intervals,
-    labelled,
     rotation_sparsity,
     shuffled,
     sparser_heads,
+    sparsity_table,
     verdict,
 )
-from sparse_signals.signals.slices import Coordinates, coordinates, sparsity
+from sparse_signals.signals.slices import Coordinates, coordinates, slices, sparsity
 
 LEVEL = 0.25
 
 
-@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
-def run(request, tokens, mask):
-    model = request.getfixturevalue(request.param)
-    attention = read_attention(model, tokens, mask)
-    return attention, head_svd(qk_forms(model)), find_firings(attention, LEVEL)
+@pytest.fixture(scope="module", params=["tiny_gpt2", "tiny_llama"])
+def ran(request, batch):
+    return run(request.getfixturevalue(request.param), batch)
 
 
-def test_shuffling_keeps_the_sources_of_each_head(run):
-    attention, svd, pairs = run
-    coords = coordinates(svd, attention, pairs)
+@pytest.fixture(scope="module")
+def pairs(ran):
+    return find_firings(ran, LEVEL)
+
+
+def test_shuffling_keeps_the_sources_of_each_head(ran, pairs):
+    coords = coordinates(ran, pairs)
     mixed = shuffled(coords, pairs)
     assert torch.equal(mixed.dest, coords.dest) and not torch.equal(mixed.src, coords.src)
     for layer, head in {
@@ -42,10 +43,9 @@ def test_shuffling_keeps_the_sources_of_each_head(run):
         assert torch.equal(before, after)
 
 
-def test_gaussian_null_keeps_the_total_and_the_profile(run):
-    attention, svd, pairs = run
-    silent = sample_silent(attention, pairs, LEVEL)
-    reference = coordinates(svd, attention, silent).slices
+def test_gaussian_null_keeps_the_total_and_the_profile(ran, pairs):
+    silent = sample_silent(ran, pairs, LEVEL)
+    reference = slices(ran, silent)
     null = gaussian_slices(pairs, silent, reference, pairs.score)
     torch.testing.assert_close(null.sum(-1), pairs.score)
 
@@ -97,13 +97,12 @@ def test_verdict_needs_an_interval_away_from_zero():
     assert verdict(-1.0, 1.0) == "unclear"
 
 
-def test_intervals_are_those_of_each_group(run):
-    attention, svd, pairs = run
-    table = sparsity(coordinates(svd, attention, pairs).slices)
+def test_intervals_are_those_of_each_group(ran, pairs):
+    table = sparsity(slices(ran, pairs))
     codes = pd.concat(
         [
-            labelled(pairs, table, "SVD", "firing"),
-            labelled(pairs, table + 1, "more", "firing"),
+            sparsity_table(pairs, table, "SVD", "firing"),
+            sparsity_table(pairs, table + 1, "more", "firing"),
         ]
     )
     rows = intervals(codes, ["basis", "pairs"]).set_index(["basis", "measure"])

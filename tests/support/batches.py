@@ -1,4 +1,4 @@
-"""Prompts that are tokens and nothing else."""
+"""Prompts of tokens alone: without text, roles or names."""
 
 import pandas as pd
 import torch
@@ -7,7 +7,7 @@ from sparse_signals.core.prompts import Batch
 
 
 def plain_batch(tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
-    """A batch of prompts without text, roles or names."""
+    """Tokens as prompts, of which only the padding is known."""
     table = pd.DataFrame({"text": [""] * len(tokens)})
     labels = [["?"] * int(length) for length in mask.sum(1)]
     return Batch(table, tokens, mask, labels, {}, None, None)

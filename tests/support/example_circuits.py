@@ -9,19 +9,18 @@ TOKENS = ["<|endoftext|>", " Mary", " and", " John", " went", " to", " the", " s
           " gave", " a", " drink", " to"]  # fmt: skip
 
 
-def components(layers: int, heads: int) -> dict[str, float]:
-    """Every component of a model, with its height in a chart."""
-    return (
-        {"embedding": -1.0, "position": -1.0, "bias row": -1.0}
-        | {f"{l}.{h}": float(l) for l in range(layers) for h in range(heads)}
-        | {f"bias {l}": l + 0.3 for l in range(layers)}
-        | {f"MLP {l}": l + 0.5 for l in range(layers)}
-    )
+def components(layers: int, heads: int) -> pd.DataFrame:
+    """Every component of a model, as in `Model.components`, by name: its kind and height."""
+    rows = [(kind, kind, -1.0) for kind in ("embedding", "position", "bias row")]
+    rows += [(f"{l}.{h}", "head", float(l)) for l in range(layers) for h in range(heads)]
+    rows += [(f"bias {l}", "bias", l + 0.3) for l in range(layers)]
+    rows += [(f"MLP {l}", "MLP", l + 0.5) for l in range(layers)]
+    return pd.DataFrame(rows, columns=["component", "kind", "height"]).set_index("component")
 
 
 def pooled_edges(n: int, layers: int = 4, heads: int = 6) -> pd.DataFrame:
     """`n` edges of a circuit pooled over prompts: few are in most prompts, many in a few."""
-    rng, height = np.random.default_rng(0), components(layers, heads)
+    rng, height = np.random.default_rng(0), components(layers, heads)["height"]
     rows = set()
     while len(rows) < n:
         down = f"{rng.integers(layers)}.{rng.integers(heads)}"
@@ -48,8 +47,8 @@ def pooled_edges(n: int, layers: int = 4, heads: int = 6) -> pd.DataFrame:
 
 def prompt_edges(n: int) -> pd.DataFrame:
     """`n` edges of the trace of one prompt, which is `TOKENS`."""
-    rng, height = np.random.default_rng(1), components(4, 6)
-    rows = set()
+    rng, known = np.random.default_rng(1), components(4, 6)
+    height, rows = known["height"], set()
     while len(rows) < n:
         down = f"{rng.integers(4)}.{rng.integers(6)}"
         writers = [name for name, at in height.items() if at < height[down]]
@@ -57,6 +56,7 @@ def prompt_edges(n: int) -> pd.DataFrame:
         rows.add((str(rng.choice(writers)), down, str(rng.choice(["dest", "src"])), dest, src))
     table = pd.DataFrame(sorted(rows), columns=["upstream", "downstream", "side", "dest", "src"])
     return table.assign(
+        kind=table["upstream"].map(known["kind"]),
         token=table["dest"].where(table["side"] == "dest", table["src"]),
         weight=rng.gamma(2, 1, n),
         share=rng.beta(1, 5, n),

@@ -1,0 +1,122 @@
+"""Identities of chapter 1, on random models of every supported kind, in float64."""
+
+import pytest
+import torch
+
+from sparse_signals.core.model import activations
+from sparse_signals.core.run import run
+from sparse_signals.core.stats import tidy
+from sparse_signals.heads.scores import (
+    additive_fit,
+    bilinear_scores,
+    pair_shares,
+    score_parts,
+    scores,
+    shuffle_sources,
+)
+from sparse_signals.heads.svd import qk_forms
+
+
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama", "tiny_qwen2"])
+def test_scores_rebuilt_from_cached_queries_and_keys(kind, request, batch):
+    model = request.getfixturevalue(kind)
+    cached = activations(model, batch.tokens, ("scores",))["scores"]
+    mask, size = batch.mask, batch.tokens.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    seen = causal & mask[:, None, :, None] & mask[:, None, None, :]
+    seen = seen.expand_as(cached)
+    torch.testing.assert_close(scores(run(model, batch))[seen], cached[seen], atol=1e-10, rtol=1e-9)
+
+
+def test_bilinear_form_gives_the_scores_of_the_model(tiny_gpt2, batch):
+    forms = qk_forms(tiny_gpt2)
+    cached = activations(tiny_gpt2, batch.tokens, ("normalized",))
+    rebuilt = scores(run(tiny_gpt2, batch))
+    for layer in range(tiny_gpt2.n_layers):
+        for head in range(tiny_gpt2.n_heads):
+            ours = bilinear_scores(forms, layer, head, cached["normalized"][layer])
+            torch.testing.assert_close(ours, rebuilt[layer, :, head], atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_qwen2"])
+def test_first_token_of_a_rotary_model_is_not_rotated(kind, request, batch):
+    model = request.getfixturevalue(kind)
+    x = activations(model, batch.tokens, ("normalized",))["normalized"][1][:, :1]
+    score = scores(run(model, batch))[1, :, 2, :1, :1]
+    ours = bilinear_scores(qk_forms(model), 1, 2, x)
+    torch.testing.assert_close(ours, score, atol=1e-6, rtol=1e-6)
+
+
+def test_score_parts_add_up_and_the_last_two_do_not_vary_within_a_row(tiny_gpt2, batch):
+    a = scores(run(tiny_gpt2, batch))
+    x = activations(tiny_gpt2, batch.tokens, ("normalized",))["normalized"]
+    parts = score_parts(qk_forms(tiny_gpt2), x)
+    torch.testing.assert_close(parts.sum(0), a, atol=1e-10, rtol=1e-10)
+    content, source, destination, constant = parts
+    for part, same in ((source, -2), (destination, -1), (constant, -1), (constant, -2)):
+        assert (part.amax(same) - part.amin(same)).abs().max() < 1e-12
+    assert (content.std(-1) > 0).all()
+
+
+def additive(first: int):
+    """Scores f_i + g_j of two heads on three prompts of up to seven tokens; junk before `first`."""
+    generator = torch.Generator().manual_seed(1)
+    f, g = torch.randn(2, 1, 3, 2, 7, generator=generator, dtype=torch.float64)
+    a = f[..., :, None] + g[..., None, :]
+    a[..., :first] = torch.randn(1, 3, 2, 7, first, generator=generator, dtype=torch.float64)
+    return a, torch.arange(7) < torch.tensor([7, 5, 7])[:, None]
+
+
+def test_additive_scores_leave_nothing_to_the_pair():
+    a, mask = additive(first=1)
+    left, total = additive_fit(a, mask)
+    assert (left / total).max() < 1e-20
+    left, total = additive_fit(a, mask, first=0)
+    assert (left / total).min() > 1e-3
+
+
+def test_additive_fit_is_least_squares_and_ignores_padding():
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randn(2, 3, 2, 7, 7, generator=generator, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 5, 6])[:, None]
+    left, total = additive_fit(a, mask)
+    pairs = [(i, j) for i in range(1, 5) for j in range(1, i + 1)]  # prompt 1 has five tokens
+    X = torch.zeros(len(pairs), 14, dtype=torch.float64)
+    for n, (i, j) in enumerate(pairs):
+        X[n, i] = X[n, 7 + j] = 1
+    y = torch.stack([a[1, 1, 0, i, j] for i, j in pairs])
+    fitted = X @ torch.linalg.lstsq(X, y, driver="gelsd").solution
+    torch.testing.assert_close(left[1, 1, 0], ((y - fitted) ** 2).sum())
+    rows = [torch.stack([a[1, 1, 0, i, j] for j in range(1, i + 1)]) for i in range(1, 5)]
+    expected = sum(((row - row.mean()) ** 2).sum() for row in rows)
+    torch.testing.assert_close(total[1, 1, 0], expected)
+
+
+def test_pair_shares_have_an_interval_around_them():
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(2, 20, 3, 9, 9, generator=generator, dtype=torch.float64)
+    mask = torch.ones(20, 9, dtype=torch.bool)
+    table = pair_shares(a, mask)
+    assert list(table.columns) == ["layer", "head", "share", "low", "high"] and len(table) == 6
+    assert (table["low"] < table["share"]).all() and (table["share"] < table["high"]).all()
+    free = (8 * 9 / 2 - 15) / (8 * 9 / 2 - 8)  # degrees of freedom: pure noise leaves this share
+    assert abs(table["share"].mean() - free) < 0.02
+
+
+def test_shuffled_sources_keep_the_scores_of_a_row():
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(1, 4, 2, 8, 8, generator=generator, dtype=torch.float64)
+    b = shuffle_sources(a, seed=0)
+    assert torch.equal(b[..., 0], a[..., 0])
+    past = torch.ones(8, 8, dtype=torch.bool).tril()
+    for i in range(8):
+        before, after = (t[..., i, : i + 1].sort().values for t in (a, b))
+        assert torch.equal(before, after)
+    assert torch.equal(b[..., ~past], a[..., ~past])
+    assert not torch.equal(b, a)
+
+
+def test_tidy_has_one_row_per_entry():
+    table = tidy(torch.arange(6.0).view(2, 3), ("layer", "head"), "x")
+    assert list(table.columns) == ["layer", "head", "x"]
+    assert table.query("layer == 1 and head == 2")["x"].item() == 5

@@ -1,0 +1,77 @@
+"""Firings, and pairs to compare them with, against a slow, obvious reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_signals.core.run import Run, run
+from sparse_signals.signals.firings import find_firings, pairs_at, sample_silent, strongest_sources
+
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ran(request, batch):
+    return run(request.getfixturevalue(request.param), batch)
+
+
+@pytest.fixture(scope="module")
+def pairs(ran):
+    return find_firings(ran, LEVEL)
+
+
+def slow_firings(ran, level):
+    """Every layer, prompt, head and pair, one at a time."""
+    found = []
+    L, P, H, T, _ = ran.pattern.shape
+    for index in np.ndindex(L, P, H, T, T):
+        layer, prompt, head, i, j = index
+        if not 1 <= j <= i or not ran.mask[prompt, i]:
+            continue
+        score = ran.q[layer, prompt, head, i] @ ran.k[layer, prompt, head, j]
+        if ran.pattern[index] >= level and score >= 0:
+            found.append((*index, (score / ran.model.divisor[layer]).item()))
+    return found
+
+
+def test_firings_equal_the_slow_reference(ran, pairs):
+    expected = slow_firings(ran, LEVEL)
+    columns = (pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src)
+    assert len(expected) > 20
+    assert list(zip(*(c.tolist() for c in columns), strict=True)) == [row[:5] for row in expected]
+    assert pairs.score.tolist() == pytest.approx([row[5] for row in expected])
+
+
+def test_context_bar_falls_with_the_number_of_visible_tokens(ran):
+    pairs = find_firings(ran, 1.5, context=True)
+    assert (pairs.attention >= 1.5 / (pairs.dest + 1) - 1e-12).all()
+    assert (pairs.attention < LEVEL).any()
+
+
+def test_silent_pairs_match_the_firings_head_by_head(ran, pairs):
+    silent = sample_silent(ran, pairs, LEVEL)
+    assert (silent.attention < LEVEL).all() and (silent.src >= 1).all()
+    assert (silent.src <= silent.dest).all()
+    assert ran.mask[silent.prompt, silent.dest].all()
+    counts = pairs.table()["name"].value_counts().sort_index()
+    assert silent.table()["name"].value_counts().sort_index().equals(counts)
+    assert torch.equal(sample_silent(ran, pairs, LEVEL).src, silent.src)
+
+
+def test_padding_never_fires(ran, pairs):
+    assert isinstance(ran, Run)
+    assert ran.mask[pairs.prompt, pairs.dest].all()
+    assert ran.mask[pairs.prompt, pairs.src].all()
+
+
+def test_strongest_source_has_the_largest_weight_of_its_row(ran):
+    pairs = strongest_sources(ran)
+    assert len(pairs) == 3 * 4 * (ran.mask.sum() - len(ran.mask))
+    rows = ran.pattern[pairs.layer, pairs.prompt, pairs.head, pairs.dest, 1:]
+    torch.testing.assert_close(pairs.attention, rows.amax(-1))
+
+
+def test_pairs_at_given_places(ran, pairs):
+    places = (pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src)
+    assert torch.equal(pairs_at(ran, *places).score, pairs.score)
