@@ -6,19 +6,20 @@ only one by one; the smallest cut says how much.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 
-from sparse_signals.core.prompts import Batch, token_roles
+from sparse_signals.core.prompts import token_roles
 from sparse_signals.tracing.trace import Trace
 
 EMBEDDINGS = ("embedding", "position")
 SOURCE = "embeddings"
 UNITS = 10**6  # capacities are whole numbers of these: flows of floats may not terminate
-PLACE = ["prompt", "name", "dest", "src"]
+OF_ROOT = ["prompt", "name", "dest", "src"]
 
 
 def flow_graph(edges: pd.DataFrame, ends: Sequence[str] | None = EMBEDDINGS) -> nx.DiGraph:
@@ -51,26 +52,18 @@ def disjoint_paths(traced: Trace, ends: Sequence[str] | None = EMBEDDINGS) -> pd
     side of the root takes at most 1) and cut (edges in that cut). `ends` as in `flow_graph`.
     """
     rows = []
-    for firing, graph in _roots(traced, ends):
+    for firing, graph in _root_graphs(traced, ends):
         sink = ("firing", firing["firing"])
         paths = nx.maximum_flow_value(graph, SOURCE, sink, capacity="single")
         cut = _cut(graph, sink)
         flow = sum(graph.edges[link]["capacity"] for link in cut) / UNITS
-        rows.append([*(firing[name] for name in PLACE), paths, flow, len(cut)])
-    return pd.DataFrame(rows, columns=[*PLACE, "paths", "flow", "cut"])
+        rows.append([*(firing[name] for name in OF_ROOT), paths, flow, len(cut)])
+    return pd.DataFrame(rows, columns=[*OF_ROOT, "paths", "flow", "cut"])
 
 
-def min_cuts(traced: Trace, ends: Sequence[str] | None = EMBEDDINGS) -> pd.DataFrame:
-    """The edges of the smallest cut before every root firing: rows of the trace, and its `root`."""
-    parts = [traced.edges.iloc[:0].assign(root=0)]
-    for firing, graph in _roots(traced, ends):
-        sink = ("firing", firing["firing"])
-        labels = [graph.edges[link]["edge"] for link in _cut(graph, sink)]
-        parts.append(traced.edges.loc[sorted(labels)].assign(root=firing["firing"]))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _roots(traced: Trace, ends: Sequence[str] | None) -> Iterator[tuple[pd.Series, nx.DiGraph]]:
+def _root_graphs(
+    traced: Trace, ends: Sequence[str] | None
+) -> Iterator[tuple[pd.Series, nx.DiGraph]]:
     """Every root firing with the graph of its prompt, in which source and firing are nodes."""
     roots = traced.firings[traced.firings["root"]]
     graphs = {key: flow_graph(edges, ends) for key, edges in traced.edges.groupby("prompt")}
@@ -95,7 +88,7 @@ def best_paths(
     upstream), path (in words, destination first) and product. Roots without a path have no row.
     """
     parts = [traced.edges.iloc[:0].assign(root=0, step=0, path="", product=0.0)]
-    for firing, graph in _roots(traced, ends):
+    for firing, graph in _root_graphs(traced, ends):
         sink = ("firing", firing["firing"]) if side is None else ("side", firing["firing"], side)
         labels = _best(graph, sink)
         if labels:
@@ -121,13 +114,13 @@ def _best(graph: nx.DiGraph, sink: Hashable) -> list[Hashable]:
     return [link["edge"] for link in reversed(links) if "edge" in link]
 
 
-def pool_trace(traced: Trace, batch: Batch) -> Trace:
+def pool_trace(traced: Trace) -> Trace:
     """All prompts of a trace as one, with roles in the place of tokens.
 
     Firings of a head between the same roles are one. The share of an edge is its mean over the
     prompts, 0 where it is not there. A role is a token's set of roles.
     """
-    roles = np.array(token_roles(batch))
+    roles = np.array(token_roles(traced.batch))
 
     def named(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
         found = {name: roles[table["prompt"], table[name]] for name in columns}
@@ -145,5 +138,5 @@ def pool_trace(traced: Trace, batch: Batch) -> Trace:
         prompts=("prompt", "nunique"), share=("share", "sum"), weight=("weight", "sum")
     )
     for column in ("share", "weight"):
-        grouped[column] /= len(batch.tokens)
-    return Trace(pooled, grouped.assign(prompt=0))
+        grouped[column] /= len(traced.batch.tokens)
+    return replace(traced, firings=pooled, edges=grouped.assign(prompt=0))

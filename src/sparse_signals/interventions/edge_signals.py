@@ -14,29 +14,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model, activations
+from sparse_signals.core.matmul import grouped_matmul
+from sparse_signals.core.model import BIAS_ROW, Model, once_per_model
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.rotary import rotation, unrotate
-from sparse_signals.core.run import BIAS_ROW, chunk_rows, writers
-from sparse_signals.signals.firings import Pairs
-from sparse_signals.signals.slices import by_head
+from sparse_signals.core.run import Run, runs
+from sparse_signals.heads.svd import qk_forms
+from sparse_signals.signals.slices import model_basis
 from sparse_signals.tracing.circuit import KEY, labelled
-from sparse_signals.tracing.contributions import SIDES, Weights
+from sparse_signals.tracing.contributions import SIDES
 from sparse_signals.tracing.trace import Trace
-
-KINDS = ("embedding", "position", "head", "bias", "MLP")
-
-
-@dataclass(frozen=True)
-class PathQuirks:
-    """What the released code of Franco and Crovella 2024 does when it intervenes, for comparison.
-
-    keep_constant: the signal is V_S V_Sᵀ [x_a ; 1], so that the constant of the bias row stays in.
-    patch_qkv: a local intervention changes query, key and value of the head, not one of them.
-    """
-
-    keep_constant: bool = False
-    patch_qkv: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Readers:
     """
 
     raw: Float[Tensor, "layer reader d1 r"]
-    basis: Float[Tensor, "layer reader d2 r"]
+    basis: Float[Tensor, "layer reader d r"]
     inward: Float[Tensor, "1 combination r r"]
     outward: Float[Tensor, "1 combination r r"]
 
@@ -60,7 +47,7 @@ class Signals:
 
     edges: columns of the trace, edge (number), control ("signal" or what replaces it), repeat.
     `reader` and `combination` are places in `readers`, `scale` is s_t, `written` is x_a(t) (0 for
-    the bias row), `heard` its image in queries or keys times s_t, `chosen` is the support.
+    the bias row), `image` is its part in the query or key times s_t, `chosen` is the support.
     """
 
     edges: pd.DataFrame
@@ -69,7 +56,7 @@ class Signals:
     combination: Int[Tensor, "edge"]
     scale: Float[Tensor, "edge"]
     written: Float[Tensor, "edge d"]
-    heard: Float[Tensor, "edge r"]
+    image: Float[Tensor, "edge r"]
     chosen: Bool[Tensor, "edge r"]
     delta: Float[Tensor, "edge d"]
 
@@ -83,34 +70,30 @@ class Signals:
 
 
 def read_signals(
-    weights: Weights,
-    batch: Batch,
-    traced: Trace,
-    edges: pd.DataFrame | None = None,
-    quirks: PathQuirks | None = None,
+    traced: Trace, edges: pd.DataFrame | None = None, run: Run | None = None
 ) -> Signals:
-    """The signals of the edges of a trace, or of some of them. One run of the model, in chunks.
+    """The signals of the edges of a trace, or of some of them.
 
+    What components wrote is read from a run, if given, whose prompts are then those of the edges;
+    otherwise the model runs on the traced prompts, a chunk at a time.
     δ = M (MᵀM)⁺ (1_S ∘ Mᵀ x_a), in float64. Without rotation and biases it is the projection
     V_S V_Sᵀ x_a (destination: U_S U_Sᵀ x_a) of Franco and Crovella 2024, section 6.
     """
-    quirks, model = quirks or PathQuirks(), weights.model
+    model, device = traced.model, traced.model.device
     edges = (traced.edges if edges is None else edges).reset_index(drop=True)
     edges = edges.assign(edge=range(len(edges)), control="signal", repeat=0)
-    layer, token = (column(edges, name, model.device) for name in ("layer", "token"))
-    side = torch.tensor((edges["side"] == SIDES[1]).to_numpy(bool), device=model.device)
-    reader = column(edges, "head", model.device) + model.n_heads * side
-    kinds = torch.stack([layer, reader, token * model.rotary], dim=1)
-    kinds, combination = kinds.unique(dim=0, return_inverse=True)
-    readers = _read(weights, kinds, quirks.keep_constant)
-    written, scale = _written(weights, batch, edges)
-    heard = by_reader(written.double(), readers.raw[:, :, :-1], layer, reader)
-    bias = readers.raw[layer, reader, -1]
-    is_bias = torch.tensor((edges["upstream"] == BIAS_ROW).to_numpy(bool), device=model.device)
-    constant = is_bias * scale + quirks.keep_constant * ~is_bias
-    heard = heard + constant[:, None] * bias
-    chosen = _supports(traced, edges, model.d_head).to(model.device)
-    signals = Signals(edges, readers, reader, combination, scale, written, heard, chosen, written)
+    layer, token = (column(edges, name, device) for name in ("layer", "token"))
+    at_source = torch.tensor((edges["side"] == SIDES[1]).to_numpy(bool), device=device)
+    reader = column(edges, "head", device) + model.n_heads * at_source
+    places = torch.stack([layer, reader, token * model.rotary], dim=1)
+    places, combination = places.unique(dim=0, return_inverse=True)
+    readers = _readers_at(model, places)
+    written, scale = _writes(traced, edges, run)
+    image = by_reader(written.double(), readers.raw[:, :, :-1], layer, reader)
+    constant = scale * torch.tensor((edges["kind"] == BIAS_ROW).to_numpy(bool), device=device)
+    image = image + constant[:, None] * readers.raw[layer, reader, -1]
+    chosen = _supports(traced, edges).to(device)
+    signals = Signals(edges, readers, reader, combination, scale, written, image, chosen, written)
     return replace(signals, delta=solve(signals, chosen))
 
 
@@ -118,11 +101,10 @@ def solve(signals: Signals, chosen: Bool[Tensor, "edge r"]) -> Float[Tensor, "ed
     """The smallest δ with the coordinates of what upstream wrote where chosen, zero elsewhere."""
     readers, combination = signals.readers, signals.combination
     first = torch.zeros_like(combination)
-    target = by_reader(signals.heard, readers.inward, first, combination) * chosen
+    target = by_reader(signals.image, readers.inward, first, combination) * chosen
     inside = by_reader(target, readers.outward, first, combination)
     layer = column(signals.edges, "layer", combination.device)
-    delta = by_reader(inside, readers.basis.mT, layer, signals.reader)
-    return delta[:, : signals.written.shape[1]].to(signals.written.dtype)
+    return by_reader(inside, readers.basis.mT, layer, signals.reader).to(signals.written.dtype)
 
 
 def by_reader(
@@ -132,9 +114,7 @@ def by_reader(
     reader: Int[Tensor, "edge"],
 ) -> Float[Tensor, "edge m"]:
     """Every row times the map of its reader."""
-    empty = torch.zeros_like(layer)
-    none = x.new_zeros(len(x))
-    return by_head(x, maps, Pairs(layer, empty, reader, empty, empty, none, none))
+    return grouped_matmul(x, maps.flatten(0, 1), layer * maps.shape[1] + reader)
 
 
 def column(edges: pd.DataFrame, name: str, device: torch.device) -> Int[Tensor, "edge"]:
@@ -142,11 +122,20 @@ def column(edges: pd.DataFrame, name: str, device: torch.device) -> Int[Tensor, 
     return torch.tensor(edges[name].to_numpy("int64", copy=True), device=device)
 
 
-def _read(weights: Weights, kinds: Int[Tensor, "combination 3"], constant: bool) -> Readers:
-    forms, maps, model = weights.forms, weights.maps, weights.model
+@once_per_model
+def _input_maps(
+    model: Model,
+) -> tuple[Float[Tensor, "layer reader d1 r"], Float[Tensor, "layer reader d r"], Tensor]:
+    """`Readers.raw`, and its rows but the bias as `Readers.basis` times an r×r matrix."""
+    forms = qk_forms(model)
     raw = torch.cat([forms.A, forms.B], dim=1)
-    basis, R = torch.linalg.qr(raw if constant else raw[:, :, :-1])
-    layer, reader, token = kinds.T
+    return raw, *torch.linalg.qr(raw[:, :, :-1])
+
+
+def _readers_at(model: Model, places: Int[Tensor, "combination 3"]) -> Readers:
+    """Readers at tokens: of each combination the layer, reader and token (0 if not rotary)."""
+    (raw, basis, R), maps = _input_maps(model), model_basis(model)
+    layer, reader, token = places.T
     inward = torch.cat([maps.dest, maps.src], dim=1)[layer, reader]
     if model.rotary:
         cos, sin = (x[:, None].expand_as(inward) for x in rotation(model, token))
@@ -156,57 +145,31 @@ def _read(weights: Weights, kinds: Int[Tensor, "combination 3"], constant: bool)
     return Readers(raw, basis, inward[None], outward[None])
 
 
-def _written(
-    weights: Weights, batch: Batch, edges: pd.DataFrame
+def _writes(
+    traced: Trace, edges: pd.DataFrame, run: Run | None
 ) -> tuple[Float[Tensor, "edge d"], Float[Tensor, "edge"]]:
     """What the upstream component of every edge wrote at its token, and the scale there."""
-    model, device = weights.model, weights.model.device
+    model, device = traced.model, traced.model.device
     layer, prompt, token = (column(edges, x, device) for x in ("layer", "prompt", "token"))
+    names = pd.Index(model.components["component"])
+    component = torch.from_numpy(names.get_indexer(edges["upstream"])).to(device)
+    in_stream = component < len(names) - 1  # the bias row, the last one, is not
     written = torch.zeros(len(edges), model.d_model, dtype=model.dtype, device=device)
     scale = torch.zeros(len(edges), dtype=torch.float64, device=device)
-    upstream = weights.components.set_index("component").loc[edges["upstream"]]
-    for rows in chunk_rows(model, batch):
-        here = ((prompt >= rows.start) & (prompt < rows.stop)).nonzero().flatten()
-        if not len(here):
-            continue
-        run = activations(model, batch.tokens[rows], ("z", "mlp_out", "scale"))
-        place = prompt[here] - rows.start, token[here]
-        scale[here] = run["scale"][layer[here], *place].double()
-        part = upstream.iloc[here.cpu().numpy()]
-        tokens = batch.tokens.to(device)[prompt[here], token[here]]
-        written[here] = _outputs(model, run, part, *place, tokens)
+    pieces = runs(model, traced.batch) if run is None else [(slice(0, len(run)), run)]
+    for rows, part in pieces:
+        here = (prompt >= rows.start) & (prompt < rows.stop)
+        scale[here] = part.scale[layer[here], prompt[here] - rows.start, token[here]].double()
+        here &= in_stream
+        place = prompt[here] - rows.start, token[here], component[here]
+        written[here] = part.outputs[place]
     return written, scale
 
 
-def _outputs(
-    model: Model,
-    run: dict[str, Tensor],
-    upstream: pd.DataFrame,
-    prompt: Int[Tensor, "edge"],
-    pos: Int[Tensor, "edge"],
-    token: Int[Tensor, "edge"],
-) -> Float[Tensor, "edge d"]:
-    """What components wrote, as in `residual.run_model`, at one place each; 0 for the bias row."""
-    out, kind = writers(model), upstream["kind"].to_numpy()
-    layer, head = (column(upstream, name, prompt.device) for name in ("layer", "head"))
-    wrote = run["mlp_out"].new_zeros(len(kind), model.d_model)
-    of = {name: torch.tensor((kind == name).nonzero()[0], device=prompt.device) for name in KINDS}
-    wrote[of["embedding"]] = model.bridge.embed.W_E[token[of["embedding"]]]
-    if not model.rotary:
-        wrote[of["position"]] = model.bridge.pos_embed.W_pos[pos[of["position"]]]
-    wrote[of["bias"]] = out.bias[layer[of["bias"]]]
-    mlps, heads = of["MLP"], of["head"]
-    wrote[mlps] = run["mlp_out"][layer[mlps], prompt[mlps], pos[mlps]]
-    moved = run["z"][layer[heads], prompt[heads], head[heads], pos[heads]]
-    moved = moved - out.b_V[layer[heads], head[heads]]
-    wrote[heads] = by_reader(moved, out.W_O, layer[heads], head[heads])
-    return wrote
-
-
-def _supports(traced: Trace, edges: pd.DataFrame, rank: int) -> Bool[Tensor, "edge r"]:
+def _supports(traced: Trace, edges: pd.DataFrame) -> Bool[Tensor, "edge r"]:
     place = pd.Index(traced.firings["firing"]).get_indexer(edges["firing"])
     vectors = traced.firings["vectors"].iloc[place].tolist()
-    chosen = torch.zeros(len(edges), rank, dtype=torch.bool)
+    chosen = torch.zeros(len(edges), traced.model.d_head, dtype=torch.bool)
     for row, which in zip(chosen, vectors, strict=True):
         row[list(which)] = True
     return chosen
@@ -222,12 +185,12 @@ def random_signals(signals: Signals, repeat: int = 0, seed: int = 0) -> Signals:
     taken, and edges that have none left are dropped. The draw depends on the edge, `repeat` and
     `seed` alone, not on which other edges there are.
     """
-    names, prompts = _names(signals.edges), signals.edges["prompt"]
+    names, prompts = _edge_numbers(signals.edges), signals.edges["prompt"]
     draws = [
         np.random.default_rng([seed, repeat, prompt, name]).random(signals.chosen.shape[1])
         for name, prompt in zip(names, prompts, strict=True)
     ]
-    noise = torch.from_numpy(np.array(draws).reshape(signals.chosen.shape)).to(signals.heard)
+    noise = torch.from_numpy(np.array(draws).reshape(signals.chosen.shape)).to(signals.image)
     rank = noise.masked_fill(signals.chosen, 2).argsort(-1).argsort(-1)
     size = signals.chosen.sum(-1, keepdim=True)
     other = (rank < size) & ~signals.chosen
@@ -242,7 +205,7 @@ def other_signals(signals: Signals, batch: Batch, seed: int = 0) -> Signals:
     edges = labelled(signals.edges, roles_of(batch)).drop_duplicates("edge")
     group = edges.groupby(KEY)["edge"].groups if len(edges) else {}
     donor = np.full(len(signals), -1)
-    names, prompts = _names(signals.edges), signals.edges["prompt"].to_numpy()
+    names, prompts = _edge_numbers(signals.edges), signals.edges["prompt"].to_numpy()
     place = pd.Index(signals.edges["edge"])
     for labels in group.values():
         members = place.get_indexer(edges.loc[labels, "edge"])
@@ -268,7 +231,7 @@ def _replaced(
     return replace(signals, edges=edges, delta=scaled, **rest)[size[:, 0] > 0]
 
 
-def _names(edges: pd.DataFrame) -> np.ndarray:
+def _edge_numbers(edges: pd.DataFrame) -> np.ndarray:
     """A number for every edge that depends on what it connects."""
     columns = ["upstream", "downstream", "side", "dest", "src"]
     rows = edges[columns].astype(str).agg("|".join, axis=1) if len(edges) else []

@@ -6,11 +6,10 @@ signal, boosting adds it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model, qk_weights
+from sparse_signals.core.model import BIAS_ROW, Model, once_per_model, qk_weights
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import chunked, run_key
 from sparse_signals.core.rotary import rotate, rotation
-from sparse_signals.core.run import BIAS_ROW, chunk_rows, component_table
+from sparse_signals.core.run import fitting_rows
 from sparse_signals.core.stats import DRAWS, group_bootstrap, resample
 from sparse_signals.interventions.changes import (
     MID,
@@ -30,15 +29,12 @@ from sparse_signals.interventions.changes import (
     Changes,
     Clean,
     K,
-    Layers,
     Probes,
     Q,
     V,
     clean_run,
-    read_layers,
 )
 from sparse_signals.interventions.edge_signals import (
-    PathQuirks,
     Signals,
     by_reader,
     column,
@@ -48,28 +44,85 @@ from sparse_signals.interventions.edge_signals import (
 )
 from sparse_signals.interventions.recompute import Outcome, recompute
 from sparse_signals.tracing.circuit import KEY, labelled
-from sparse_signals.tracing.contributions import Weights, read_weights
 from sparse_signals.tracing.trace import Trace
 
 SCOPES = ("global", "local")
 MODES = ("ablate", "boost")
 SIGN = {"ablate": -1.0, "boost": 1.0}
-KEPT = ["edge", "firing", "prompt", "upstream", "downstream", "side", "layer", "head", "dest",
-        "src", "token", "weight", "control", "repeat"]  # fmt: skip
-MEASURES = ("F_change", "F_size", "score_change", "attention_change")
+OF_EDGE = ["edge", "firing", "prompt", "upstream", "downstream", "side", "layer", "head", "dest",
+           "src", "token", "weight", "control", "repeat"]  # fmt: skip
+EFFECTS = ("F_change", "F_size", "score_change", "attention_change")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every edge.
+
+    randoms: how many random supports stand beside each signal; others: whether the signal of the
+    same pooled edge in another prompt does. patch_qkv: a local intervention changes query, key and
+    value of the head, not one of them, as in the released code of Franco and Crovella 2024.
+    """
+
+    scopes: Sequence[str] = SCOPES
+    modes: Sequence[str] = MODES
+    randoms: int = 0
+    others: bool = False
+    seed: int = 0
+    patch_qkv: bool = False
 
 
 def intervene(
-    layers: Layers,
+    traced: Trace,
+    edges: pd.DataFrame | None = None,
+    plan: Plan = Plan(),
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Intervene on every edge of a trace (or on some of them) alone. The table of `intervene_on`.
+
+    With a folder, finished chunks of prompts are kept there, and a run that was cut off goes on
+    after them. Raises PromptError where the prompts have no names.
+    """
+    model, batch = traced.model, traced.batch
+    signals = read_signals(traced, edges)
+    others = other_signals(signals, batch, plan.seed) if plan.others else None
+    chunks = fitting_rows(model, batch)
+
+    def work(rows: slice) -> dict[str, pd.DataFrame]:
+        clean, here = clean_run(model, batch, rows), _in_rows(signals, rows)
+        randoms = (random_signals(here, n, plan.seed) for n in range(plan.randoms))
+        elsewhere = [_in_rows(others, rows)] if others else []
+        how = {"scopes": plan.scopes, "modes": plan.modes, "patch_qkv": plan.patch_qkv}
+        tables = [intervene_on(clean, x, **how) for x in chain([here], randoms, elsewhere)]
+        return {"effects": pd.concat(tables, ignore_index=True)}
+
+    if folder:
+        columns = ["prompt", "upstream", "side", "layer", "head", "dest", "src"]
+        content = pd.util.hash_pandas_object(signals.edges[columns]).to_numpy().tobytes()
+        digest = sha256(content + signals.chosen.cpu().numpy().tobytes()).hexdigest()
+        folder = folder / run_key(model, batch, (plan, chunks, digest))
+    pieces = chunked(chunks, work, folder=folder, progress=progress)
+    return pd.concat([piece["effects"] for piece in pieces], ignore_index=True)
+
+
+def _in_rows(signals: Signals, rows: slice) -> Signals:
+    prompt = column(signals.edges, "prompt", signals.reader.device)
+    return signals[(prompt >= rows.start) & (prompt < rows.stop)]
+
+
+# --- on signals at hand --------------------------------------------------------------------------
+
+
+def intervene_on(
     clean: Clean,
     signals: Signals,
     rows: Int[Tensor, "edge"] | None = None,
     *,
     scopes: Sequence[str] = SCOPES,
     modes: Sequence[str] = MODES,
-    quirks: PathQuirks | None = None,
+    patch_qkv: bool = False,
     freeze_norms: bool = False,
-    probability: bool = False,
 ) -> pd.DataFrame:
     """What every intervention does: one row of the table per edge, scope and mode.
 
@@ -78,31 +131,37 @@ def intervene(
     globally, and left out there. Columns: row, scope, mode, those of the edge, norm (of δ), F
     (logit(IO) − logit(S), of the row) and F_change, score and attention of the edge's firing and
     their changes, cosine and norm_ratio of what the edge alone changes, after against before (the
-    output of upstream, or the query or key), and probability of IO and its change if asked for.
+    output of upstream, or the query or key). `patch_qkv` as in `Plan`; with `freeze_norms` every
+    normalisation divides by what it divided by in the clean run.
     Raises ValueError for edges of prompts that `clean` lacks, or of two prompts in one row.
     """
-    device, quirks = clean.end.device, quirks or PathQuirks()
+    device = clean.end.device
     rows = torch.arange(len(signals)) if rows is None else rows
     numbers, row = rows.to(device).unique(return_inverse=True)
     prompt = _prompts(clean, signals, row)
     variants, of = list(product(scopes, modes)), len(numbers)
-    inputs = _inputs(layers, signals, row, quirks.patch_qkv)
+    inputs = _inputs(clean.model, signals, row, patch_qkv)
     changes = (
-        _in_variants(_stream(layers, signals, row), "global", variants, of),
+        _in_variants(_stream(clean.model, signals, row), "global", variants, of),
         _in_variants(inputs, "local", variants, of),
     )
     # the rows of each variant, then every prompt without changes
     of_row = prompt.new_zeros(of).index_copy(0, row, prompt).repeat(len(variants))
     every = torch.cat([of_row, torch.arange(len(clean.end), device=device)])
     starts = torch.arange(len(variants), device=device)[:, None] * of
-    probes = _probes(signals, torch.cat([(row + starts).flatten(), len(of_row) + prompt]))
-    how = {"freeze_norms": freeze_norms, "probability": probability}
-    outcome = recompute(layers, clean, every, *changes, probes, **how)
+    places = (column(signals.edges, x, device) for x in ("layer", "head", "dest", "src"))
+    probes = Probes(
+        torch.cat([(row + starts).flatten(), len(of_row) + prompt]),
+        *(place.repeat(len(variants) + 1) for place in places),
+    )
+    outcome = recompute(clean, every, *changes, probes, freeze_norms=freeze_norms)
     table = _results(outcome, signals, row, prompt, variants, of)
-    local = _moved(inputs, clean, signals, prompt)
-    same = _cosines(layers, signals, local, variants)
+    same = _cosines(clean, signals, inputs, prompt, variants)
     table = table.assign(row=np.tile(numbers[row].cpu(), len(variants)), **same)
-    return _columns(table, probability)
+    columns = ["row", "scope", "mode", *OF_EDGE, "norm", "F", "F_change", "score", "score_change",
+               "attention", "attention_change", "cosine", "norm_ratio"]  # fmt: skip
+    meant = (table["scope"] == "local") | (table["upstream"] != BIAS_ROW)
+    return table.loc[meant, columns].reset_index(drop=True)
 
 
 def _prompts(clean: Clean, signals: Signals, row: Int[Tensor, "edge"]) -> Int[Tensor, "edge"]:
@@ -130,9 +189,9 @@ def _in_variants(changes: Changes, scope: str, variants: list[tuple], rows: int)
     )
 
 
-def _stream(layers: Layers, signals: Signals, row: Int[Tensor, "edge"]) -> Changes:
+def _stream(model: Model, signals: Signals, row: Int[Tensor, "edge"]) -> Changes:
     """δ where upstream writes: heads and biases after attention, MLPs before the next layer."""
-    table = component_table(layers.model).set_index("component").loc[signals.edges["upstream"]]
+    table = model.components.set_index("component").loc[signals.edges["upstream"]]
     kind = table["kind"].to_numpy()
     site = np.where(np.isin(kind, ["head", "bias"]), MID, PRE)
     layer = np.maximum(table["layer"].to_numpy(), 0) + (kind == "MLP")
@@ -144,17 +203,16 @@ def _stream(layers: Layers, signals: Signals, row: Int[Tensor, "edge"]) -> Chang
     return Changes(row, layer, site, none, token, factor, which, signals.delta)[keep]
 
 
-def _inputs(layers: Layers, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
+def _inputs(model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
     """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned."""
-    device, model = row.device, layers.model
-    layer, head, token = (column(signals.edges, x, device) for x in ("layer", "head", "token"))
+    layer, head, token = (column(signals.edges, x, row.device) for x in ("layer", "head", "token"))
     delta = signals.delta.double() / signals.scale[:, None]
     own = torch.where(signals.reader < model.n_heads, Q, K)
-    vectors = [_read(layers, signals, delta, layer, signals.reader, token)]
+    vectors = [_turned_image(model, signals, delta, layer, signals.reader, token)]
     sites = [own]
     if patch_qkv:
         other = (signals.reader + model.n_heads) % (2 * model.n_heads)
-        vectors.append(_read(layers, signals, delta, layer, other, token))
+        vectors.append(_turned_image(model, signals, delta, layer, other, token))
         vectors.append(by_reader(delta, _value_maps(model), layer, head))
         sites += [Q + K - own, torch.full_like(own, V)]
     times = len(sites)
@@ -167,20 +225,20 @@ def _inputs(layers: Layers, signals: Signals, row: Int[Tensor, "edge"], patch_qk
     )
 
 
-def _read(
-    layers: Layers,
+def _turned_image(
+    model: Model,
     signals: Signals,
     delta: Float[Tensor, "edge d"],
     layer: Int[Tensor, "edge"],
     reader: Int[Tensor, "edge"],
     token: Int[Tensor, "edge"],
 ) -> Float[Tensor, "edge r"]:
-    seen = by_reader(delta, signals.readers.raw[:, :, :-1], layer, reader)
-    if not layers.model.rotary:
-        return seen
-    return rotate(seen, *rotation(layers.model, token))
+    """What δ adds to the query or key of a reader at a token, as it enters the score."""
+    image = by_reader(delta, signals.readers.raw[:, :, :-1], layer, reader)
+    return rotate(image, *rotation(model, token)) if model.rotary else image
 
 
+@once_per_model
 def _value_maps(model: Model) -> Float[Tensor, "layer head d r"]:
     """W_V of every query head with the gain and centring of the normalisation folded in."""
     w = qk_weights(model)
@@ -189,13 +247,6 @@ def _value_maps(model: Model) -> Float[Tensor, "layer head d r"]:
     if w.centred:
         W_V = W_V - W_V.mean(-2, keepdim=True)
     return W_V.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
-
-
-def _probes(signals: Signals, row: Int[Tensor, "probe"]) -> Probes:
-    """The firings of all edges, in every variant and last in the clean run."""
-    times = len(row) // max(1, len(signals))
-    columns = (column(signals.edges, x, row.device) for x in ("layer", "head", "dest", "src"))
-    return Probes(row, *(x.repeat(times) for x in columns))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -212,15 +263,13 @@ def _results(
     """What comes of every edge and variant, beside the clean run."""
     starts = torch.arange(len(variants), device=row.device)[:, None] * rows
     mine, clean = (row + starts), len(variants) * rows + prompt
-    of_row = {"F": outcome.logits[:, 0] - outcome.logits[:, 1], "probability": outcome.probability}
-    values = {}
-    for name, found in of_row.items():
-        values[name], values[f"{name}_change"] = found[mine], found[mine] - found[clean]
+    F = outcome.logits[:, 0] - outcome.logits[:, 1]
+    values = {"F": F[mine], "F_change": F[mine] - F[clean]}
     for name in ("score", "attention"):
         found = getattr(outcome, name).view(len(variants) + 1, len(row))
         values[name], values[f"{name}_change"] = found[:-1], found[:-1] - found[-1]
     values["norm"] = signals.delta.double().norm(dim=-1).expand(len(variants), -1)
-    edges = pd.concat([signals.edges[KEPT]] * len(variants), ignore_index=True)
+    edges = pd.concat([signals.edges[OF_EDGE]] * len(variants), ignore_index=True)
     names = pd.DataFrame(variants, columns=["scope", "mode"], dtype="str")
     names = names.loc[names.index.repeat(len(row))].reset_index(drop=True)
     return edges.assign(
@@ -230,24 +279,20 @@ def _results(
     )
 
 
-def _moved(
-    inputs: Changes, clean: Clean, signals: Signals, prompt: Int[Tensor, "edge"]
-) -> tuple[Float[Tensor, "edge r"], Float[Tensor, "edge r"]]:
-    """The query or key that a local intervention changes, before, and its change."""
-    n = len(prompt)
-    place = inputs.layer[:n], prompt, inputs.head[:n], inputs.token[:n]
-    is_query = (inputs.site[:n] == Q)[:, None]
-    return torch.where(is_query, clean.q[place], clean.k[place]).double(), inputs.values[:n]
-
-
 def _cosines(
-    layers: Layers, signals: Signals, local: tuple[Tensor, Tensor], variants: list[tuple]
+    clean: Clean,
+    signals: Signals,
+    inputs: Changes,
+    prompt: Int[Tensor, "edge"],
+    variants: list[tuple],
 ) -> dict[str, np.ndarray]:
     """Cosine of what is changed with what it was, and the ratio of their norms."""
-    written = signals.written.double()
-    if not layers.model.bridge.ln_final.uses_rms_norm:
+    written, n = signals.written.double(), len(prompt)
+    if not clean.model.rms:
         written = written - written.mean(-1, keepdim=True)
-    before = {"global": (written, signals.delta.double()), "local": local}
+    own = inputs.layer[:n], prompt, inputs.head[:n], inputs.token[:n]
+    read = torch.where((inputs.site[:n] == Q)[:, None], clean.q[own], clean.k[own]).double()
+    before = {"global": (written, signals.delta.double()), "local": (read, inputs.values[:n])}
     cosine, ratio = [], []
     for scope, mode in variants:
         x, change = before[scope]
@@ -258,109 +303,22 @@ def _cosines(
     return {n: torch.cat(v).cpu().numpy() for n, v in zip(names, (cosine, ratio), strict=True)}
 
 
-def _columns(table: pd.DataFrame, probability: bool) -> pd.DataFrame:
-    """The table in order, without what has no meaning or was not asked for."""
-    first = ["row", "scope", "mode", *KEPT, "norm", "F", "F_change"]
-    rest = ["score", "score_change", "attention", "attention_change", "cosine", "norm_ratio"]
-    chance = ["probability", "probability_change"] if probability else []
-    meant = (table["scope"] == "local") | (table["upstream"] != BIAS_ROW)
-    return table.loc[meant, first + rest + chance].reset_index(drop=True)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep does to every edge.
-
-    randoms: how many random supports stand beside each signal; others: whether the signal of the
-    same pooled edge in another prompt does. The rest as in `paths.intervene`.
-    """
-
-    scopes: Sequence[str] = SCOPES
-    modes: Sequence[str] = MODES
-    randoms: int = 0
-    others: bool = False
-    seed: int = 0
-    quirks: PathQuirks = field(default_factory=PathQuirks)
-    freeze_norms: bool = False
-    probability: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """What `intervene` is told."""
-        names = ("scopes", "modes", "quirks", "freeze_norms", "probability")
-        return {name: getattr(self, name) for name in names}
-
-
-def sweep(
-    model: Model,
-    batch: Batch,
-    traced: Trace,
-    edges: pd.DataFrame | None = None,
-    plan: Plan | None = None,
-    *,
-    weights: Weights | None = None,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Intervene on every edge of a trace (or on some of them) alone. The table of `intervene`.
-
-    With a folder, finished chunks of prompts are kept there, and a sweep that was cut off goes on
-    after them.
-    """
-    plan, weights = plan or Plan(), weights or read_weights(model)
-    signals = read_signals(weights, batch, traced, edges, plan.quirks)
-    others = other_signals(signals, batch, plan.seed) if plan.others else None
-    layers = read_layers(model)
-
-    def work(rows: slice) -> dict[str, pd.DataFrame]:
-        clean, variants = clean_run(model, batch, rows), _variants(signals, others, rows, plan)
-        tables = [intervene(layers, clean, variant, **plan.options()) for variant in variants]
-        return {"sweep": pd.concat(tables, ignore_index=True)}
-
-    if folder:
-        folder = folder / run_key(model, batch, (plan, _digest(signals)))
-    pieces = chunked(chunk_rows(model, batch), work, folder=folder, progress=progress)
-    return pd.concat([piece["sweep"] for piece in pieces], ignore_index=True)
-
-
-def _variants(
-    signals: Signals, others: Signals | None, rows: slice, plan: Plan
-) -> Iterator[Signals]:
-    """The signals of the edges in some prompts, then their controls."""
-    here = _in_rows(signals, rows)
-    yield here
-    for repeat in range(plan.randoms):
-        yield random_signals(here, repeat, plan.seed)
-    if others:
-        yield _in_rows(others, rows)
-
-
-def _in_rows(signals: Signals, rows: slice) -> Signals:
-    prompt = column(signals.edges, "prompt", signals.reader.device)
-    return signals[(prompt >= rows.start) & (prompt < rows.stop)]
-
-
-def _digest(signals: Signals) -> str:
-    """A name for edges and supports by their content."""
-    columns = ["prompt", "upstream", "side", "layer", "head", "dest", "src"]
-    edges = pd.util.hash_pandas_object(signals.edges[columns]).to_numpy().tobytes()
-    return sha256(edges + signals.chosen.cpu().numpy().tobytes()).hexdigest()
-
-
 # --- pooled --------------------------------------------------------------------------------------
 
 
 def summary(
     table: pd.DataFrame,
     batch: Batch,
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] = EFFECTS,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """What interventions do on average, edge by pooled edge, with 95 % intervals over prompts.
 
-    One row per pooled edge, scope, mode, control and measure: prompts, value, low, high. A prompt
-    counts once: edges with the same key in it and repeats of a control are averaged first. F_size
-    is |F_change|. Rows with control "signal − X" are the paired difference to control X.
+    One row per pooled edge, scope, mode, control and measure: edge (upstream → reader, q or k, and
+    the roles), prompts, value, low, high. A prompt counts once: edges with the same key in it and
+    repeats of a control are averaged first. F_size is |F_change|. Rows with control "signal − X"
+    are the paired difference to control X.
     """
     table = labelled(table.assign(F_size=table["F_change"].abs()), roles_of(batch))
     by = [*KEY, "scope", "mode", "control"]
@@ -369,6 +327,9 @@ def summary(
     groups = each.groupby(by, sort=False)
     number, size = groups.ngroup().to_numpy(), groups.ngroups
     pooled = groups.agg(prompts=("prompt", "size")).reset_index()
+    side = pooled["side"].map({"dest": " q (", "src": " k ("})
+    ends = pooled["upstream"] + " → " + pooled["downstream"]
+    pooled["edge"] = ends + side + pooled["dest_role"] + "→" + pooled["src_role"] + ")"
     prompts, times = each["prompt"].to_numpy(), resample(len(batch.tokens), draws, seed)
     parts = []
     for measure in measures:

@@ -6,17 +6,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sparse_signals.core.model import Model
+from sparse_signals.core.model import BIAS_ROW, Model
 from sparse_signals.core.prompts import Batch, roles_of
-from sparse_signals.core.run import BIAS_ROW
 from sparse_signals.core.stats import bootstrap
-from sparse_signals.interventions.case import Case, head_name
+from sparse_signals.interventions.case import Case
 from sparse_signals.interventions.edge_signals import read_signals
-from sparse_signals.interventions.intervene import Plan, summary, sweep
 from sparse_signals.interventions.joint_effects import (
     Ablations,
     Players,
-    interactions,
     joint_effect,
     losses,
     strongest_players,
@@ -24,7 +21,7 @@ from sparse_signals.interventions.joint_effects import (
 from sparse_signals.interventions.knockouts import Rounds, knock_out, takeover
 from sparse_signals.tracing.circuit import KEY, labelled, pool
 from sparse_signals.tracing.roots import Root, strongest_roots
-from sparse_signals.tracing.trace import trace
+from sparse_signals.tracing.trace import Trace, trace_prompts
 
 EXPERIMENTS = {
     "A": "one head, into two movers",
@@ -34,7 +31,6 @@ EXPERIMENTS = {
     "J": "all out of two common heads",
     "K": "all out of two first-layer heads",
 }
-ANY = Ablations()
 
 
 def find_movers(model: Model, batch: Batch, n: int = 5, least: float = 0.1) -> list[Root]:
@@ -43,41 +39,27 @@ def find_movers(model: Model, batch: Batch, n: int = 5, least: float = 0.1) -> l
     They fire there on at least a share `least` of the prompts. Largest attribution first.
     """
     roots = strongest_roots(model, batch, n)
-    seen = trace(model, batch, roots).firings
+    seen = trace_prompts(model, batch, roots).firings
     io = batch.roles["IO"].numpy()[seen["prompt"]]
     counts = seen.loc[seen["root"] & (seen["src"] == io), "name"].value_counts()
     needed = least * len(batch.tokens)
-    movers = [root for root in roots if counts.get(head_name(root), 0) >= needed]
+    movers = [root for root in roots if counts.get(root.name, 0) >= needed]
     return [Root(root.layer, root.head, "end", "IO") for root in movers]
 
 
 # --- one edge at a time --------------------------------------------------------------------------
 
 
-def commonest_edges(case: Case, n: int = 18) -> pd.DataFrame:
+def commonest_edges(traced: Trace, n: int = 18) -> pd.DataFrame:
     """The edges of a trace that belong to its n commonest pooled edges; the bias row is none."""
-    edges = case.traced.edges[case.traced.edges["upstream"] != BIAS_ROW]
-    top = pool(edges, case.batch, draws=1).head(n)[KEY]
-    rows = labelled(edges.reset_index(names="label"), roles_of(case.batch)).merge(top, on=KEY)
+    edges = traced.edges[traced.edges["kind"] != BIAS_ROW]
+    top = pool(edges, traced.batch, draws=1).head(n)[KEY]
+    rows = labelled(edges.reset_index(names="label"), roles_of(traced.batch)).merge(top, on=KEY)
     return edges.loc[sorted(set(rows["label"]))]
 
 
-def swept(case: Case, plan: Plan, n: int = 18) -> pd.DataFrame:
-    """A sweep over the edges of the n commonest pooled edges."""
-    edges = commonest_edges(case, n)
-    return sweep(case.model, case.batch, case.traced, edges, plan, weights=case.weights)
-
-
-def summed_up(table: pd.DataFrame, batch: Batch) -> pd.DataFrame:
-    """`sweeps.summary` with a name for every edge: upstream → reader, q or k, and the roles."""
-    found = summary(table, batch)
-    side = found["side"].map({"dest": " q (", "src": " k ("})
-    ends = found["upstream"] + " → " + found["downstream"]
-    return found.assign(edge=ends + side + found["dest_role"] + "→" + found["src_role"] + ")")
-
-
 def two_effects(table: pd.DataFrame) -> pd.DataFrame:
-    """Effects on the reader and on the answer side by side, from `summed_up`.
+    """Effects on the reader and on the answer side by side, from `summary`.
 
     Columns: edge, scope, reader, answer (changes of attention and of F), and *_low, *_high.
     """
@@ -90,7 +72,7 @@ def two_effects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
-    """The summary numbers of the published sweep, from `summed_up`, for ablations.
+    """The summary numbers of the published sweep, from `summary`, for ablations.
 
     One row a number: fact (its name in the facts file), ablation (in words), and the mean over
     pooled edges, value, with a 95 % interval that resamples edges, low and high.
@@ -113,38 +95,36 @@ def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
 # --- two sets of edges ---------------------------------------------------------------------------
 
 
-def common_heads(case: Case, names: Sequence[str], n: int = 2) -> list[str]:
+def common_heads(traced: Trace, names: Sequence[str], n: int = 2) -> list[str]:
     """The n heads that all of some roots hear at `end`, by the smallest weight they have there."""
-    edges = case.traced.edges[_into_roots(case) & (case.traced.edges["side"] == "dest")]
-    edges = edges[
-        edges["downstream"].isin(names) & edges["upstream"].str.contains(".", regex=False)
-    ]
+    edges = traced.edges[_into_roots(traced) & (traced.edges["side"] == "dest")]
+    edges = edges[edges["downstream"].isin(names) & (edges["kind"] == "head")]
     sums = edges.groupby(["upstream", "downstream"])["weight"].sum().unstack(fill_value=0.0)
     least = sums.reindex(columns=list(names), fill_value=0.0).min(axis=1)
     return least.sort_values(ascending=False, kind="stable").index[:n].tolist()
 
 
-def first_heads(case: Case, n: int = 2) -> list[str]:
+def first_heads(traced: Trace, n: int = 2) -> list[str]:
     """The n heads of the lowest layer with two in the trace that write most into it."""
-    edges = case.traced.edges[case.traced.edges["upstream"].str.contains(".", regex=False)]
-    sums = edges.groupby("upstream")["weight"].sum().sort_values(ascending=False, kind="stable")
-    layer = sums.index.str.split(".").str[0].astype(int)
-    enough = layer.value_counts().sort_index()
-    return sums.index[layer == enough.index[enough >= n][0]][:n].tolist()
+    edges = traced.edges[traced.edges["kind"] == "head"]
+    sums = edges.groupby(["upstream", "up_layer"], as_index=False)["weight"].sum()
+    sums = sums.sort_values("weight", ascending=False, kind="stable")
+    enough = sums["up_layer"].value_counts().sort_index()
+    return sums.loc[sums["up_layer"] == enough.index[enough >= n][0], "upstream"][:n].tolist()
 
 
-def _into_roots(case: Case) -> pd.Series:
-    firings = case.traced.firings
-    return case.traced.edges["firing"].isin(firings.loc[firings["root"], "firing"])
+def _into_roots(traced: Trace) -> pd.Series:
+    firings = traced.firings
+    return traced.edges["firing"].isin(firings.loc[firings["root"], "firing"])
 
 
-def edge_sets(case: Case) -> dict[str, tuple[pd.Series, pd.Series]]:
+def edge_sets(traced: Trace) -> dict[str, tuple[pd.Series, pd.Series]]:
     """For each experiment of `EXPERIMENTS` its two sets, as masks of the edges of the trace."""
-    edges, root = case.traced.edges, _into_roots(case)
-    names = [head_name(x) for x in case.roots[:2]]
+    edges, root = traced.edges, _into_roots(traced)
+    names = [x.name for x in traced.roots[:2]]
     one, other = (root & (edges["downstream"] == x) for x in (names[0], names[-1]))
     end, io = edges["side"] == "dest", edges["side"] == "src"
-    common, first = common_heads(case, names), first_heads(case)
+    common, first = common_heads(traced, names), first_heads(traced)
     u, v, e, f = (edges["upstream"] == x for x in (*common, *first))
     return {
         "A": (one & end & u, other & end & u),
@@ -163,17 +143,17 @@ def joint_of_sets(case: Case, first: pd.Series, second: pd.Series, scope: str) -
     what two edges out of one component share is then taken twice.
     """
     edges = case.traced.edges
-    stream = edges["upstream"] != BIAS_ROW
+    stream = edges["kind"] != BIAS_ROW
     both = set(edges.loc[first & stream, "prompt"]) & set(edges.loc[second & stream, "prompt"])
     ours = (first | second) & stream & edges["prompt"].isin(both)
     if not ours.any():
         return {}
-    signals = read_signals(case.weights, case.batch, case.traced, edges[ours])
+    signals = read_signals(case.traced, edges[ours])
     player = torch.tensor(second[ours].to_numpy(int), device=signals.reader.device)
     pair = Players(pd.DataFrame(index=range(2)), signals, player)
     how = Ablations(scope=scope)
-    found = joint_effect(case.layers, case.clean, pair, how)
-    lost = losses(case.layers, case.clean, pair, np.array([1]), how).mean()
+    found = joint_effect(case.clean, pair, how)
+    lost = losses(case.clean, pair, np.array([1]), how).mean()
     changes = {"first": -lost, "second": lost - found["summed"], "together": -found["joint"]}
     return changes | found.to_dict()
 
@@ -185,7 +165,7 @@ def joint_experiments(case: Case) -> pd.DataFrame:
     F), ratio = together / (first + second) with low and high, prompts.
     """
     rows = []
-    for key, sets in edge_sets(case).items():
+    for key, sets in edge_sets(case.traced).items():
         for scope in ("global", "local"):
             if found := joint_of_sets(case, *sets, scope):
                 name = f"{key}: {EXPERIMENTS[key]}"
@@ -219,23 +199,15 @@ def alone_and_together(case: Case, root: Root, side: str = "dest", n: int = 5) -
 
     One row each: edge, kind ("alone", "sum", "together"), value, low, high.
     """
-    who = strongest_players(case.weights, case.batch, case.traced, head_name(root), side, n)
-    lost = losses(case.layers, case.clean, who, 2 ** np.arange(len(who)), ANY)
+    who = strongest_players(case.traced, root.name, side, n)
+    lost = losses(case.clean, who, 2 ** np.arange(len(who)), Ablations())
     table = pd.DataFrame(lost, columns=who.names["upstream"])
     alone = bootstrap(table, np.arange(len(lost))).rename(columns={"measure": "edge"})
-    both, rows = joint_effect(case.layers, case.clean, who), [alone.assign(kind="alone")]
+    both, rows = joint_effect(case.clean, who), [alone.assign(kind="alone")]
     for name, kind in (("summed", "sum"), ("joint", "together")):
         value = dict(zip(("value", "low", "high"), both.filter(regex=f"^{name}"), strict=True))
         rows.append(pd.DataFrame([{"edge": kind, "kind": kind} | value]))
     return pd.concat(rows, ignore_index=True)
-
-
-def interaction_table(case: Case, root: Root, side: str = "dest", n: int = 5) -> pd.DataFrame:
-    """`interactions` of the n strongest edges into a side of a root, with names for numbers."""
-    who = strongest_players(case.weights, case.batch, case.traced, head_name(root), side, n)
-    pairs, names = interactions(case.layers, case.clean, who), who.names["upstream"]
-    ends = {x: names.iloc[pairs[x]].to_numpy() for x in ("first", "second")}
-    return pairs.assign(**ends)
 
 
 def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:
@@ -243,7 +215,7 @@ def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:
     tables = []
     for scales in ("recomputed", "frozen"):
         rounds = Rounds(number=number, freeze_norms=scales == "frozen")
-        rows = knock_out(case.weights, case.batch, root, rounds=rounds)
+        rows = knock_out(case.traced.model, case.traced.batch, root, rounds=rounds)
         tables.append(rows.assign(scales=scales))
     return pd.concat(tables, ignore_index=True)
 
