@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from sparse_signals.charts import heads as charts
-from sparse_signals.charts import heads as spectrum_charts
 
 NAMES = [("0.0", 0, 0), ("0.1", 0, 1), ("1.0", 1, 0)]
 
@@ -33,14 +32,14 @@ def head_spectra(seed):
     heads["verdict"] = np.where(inside, "as random", outside)
     flat = pd.concat([heads.assign(null=null) for null in ("shape", "norms")])
     bands = flat[["null", "name"]].merge(pd.DataFrame({"k": range(4)}), how="cross")
-    return spectrum_charts.head_spectra(flat, bands.assign(sigma=1.0, low=0.9, high=1.1))
+    return charts.head_spectra(flat, bands.assign(sigma=1.0, low=0.9, high=1.1))
 
 
 def published_flatness(seed):
     points = pd.DataFrame({"row": ["ours", "ours", "published"], "name": ["0.0", "0.1", "9.9"]})
     points["share"] = rng(seed).uniform(0.2, 0.9, 3)
     random = pd.DataFrame({"row": ["ours"], "measure": ["σ"], "low": [0.8], "high": [0.9]})
-    return spectrum_charts.published_flatness(points, random)
+    return charts.published_flatness(points, random)
 
 
 def partial_sums(seed):
@@ -109,7 +108,7 @@ def test_slider_opens_where_the_scores_are_nearly_right():
 
 def test_listeners_show_both_ends_of_every_pair():
     tables = listeners(0).to_dict()["datasets"].values()
-    assert [len(rows) for rows in tables] == [2 * 2 * charts.SHOWN] * 2
+    assert [len(rows) for rows in tables] == [2 * 2 * charts.LISTED] * 2
 
 
 def test_scores_are_centred_at_zero():

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from drawing import drawn, spec, title
-from sparse_signals.charts import interventions as paths
-from sparse_signals.charts import interventions as redundancy
+from sparse_signals.charts import interventions as charts
 
 
 def test_together_compares_the_sum_with_the_joint_loss():
@@ -14,7 +13,7 @@ def test_together_compares_the_sum_with_the_joint_loss():
             ("planted", "together", "together", 18.0), ("1.5", "0.2", "alone", 1.0),
             ("1.5", "sum", "sum", 1.0), ("1.5", "together", "together", 0.5)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["circuit", "edge", "kind", "value"])
-    chart = paths.together(table.assign(low=table["value"] - 0.1, high=table["value"] + 0.1))
+    chart = charts.together(table.assign(low=table["value"] - 0.1, high=table["value"] + 0.1))
     assert "planted: 0.25 in sum, 18.00 together; 1.5: 1.00 in sum, 0.50 together" in title(chart)
     assert "1.0" in drawn(chart)
 
@@ -25,9 +24,9 @@ def test_sweep_counts_intervals_clear_of_zero():
             for scope in ("local", "global")
             for mode in ("ablate", "boost")
             for control in ("signal", "random", "signal − random")
-            for measure in (*paths.MEASURES, "F_size")]  # fmt: skip
+            for measure in (*charts.CHANGES, "F_size")]  # fmt: skip
     columns = ["edge", "scope", "mode", "control", "measure", "value", "low", "high", "prompts"]
-    chart = paths.sweep_dots(pd.DataFrame(rows, columns=columns))
+    chart = charts.sweep_dots(pd.DataFrame(rows, columns=columns))
     assert "the signals of 1 of 2 edges lower the score, and those of 1 lower" in title(chart)
     shown = [row for data in spec(chart)["datasets"].values() for row in data if "control" in row]
     assert {row["control"] for row in shown} == {"signal", "random"}
@@ -45,7 +44,7 @@ def test_effects_count_edges_that_move_attention_and_the_answer():
     table["answer_low"], table["answer_high"] = table["answer"] - 0.5, table["answer"] + 0.5
     table["reader_low"], table["reader_high"] = -0.6, -0.4
     table.loc[table["trace"] == "by contrast", "reader_high"] = 0.1
-    chart = paths.effects_compared(table)
+    chart = charts.effects_compared(table)
     assert title(chart).endswith(
         "by score: of 3 edges 1 lower the logit difference, 1 raise it; "
         "by contrast: of 0 edges 0 lower the logit difference, 0 raise it"
@@ -57,11 +56,11 @@ def test_ratios_stay_in_the_frame():
     rows = [("A: x", "by score", "global", 0.5, 0.2, 0.8), ("B: y", "by score", "global", np.inf,
             1.2, np.inf), ("A: x", "published", "global", 0.8, np.nan, np.nan)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["experiment", "source", "scope", "ratio", "low", "high"])
-    chart = paths.ratios(table)
+    chart = charts.ratios(table)
     assert "of 2 global counterparts here, 1 have a ratio clearly below 1 and 1" in title(chart)
     numbers = [row["ratio"] for data in spec(chart)["datasets"].values() for row in data
                if "ratio" in row]  # fmt: skip
-    assert max(numbers) == paths.FRAME[1]
+    assert max(numbers) == charts.FRAME[1]
     assert drawn(chart)
 
 
@@ -69,7 +68,7 @@ def test_interactions_ignore_rounding():
     rows = [("1.5", "a", "b", 1.0, 0.5, 1.5), ("1.5", "a", "c", 1e-17, 1e-18, 1e-16),
             ("1.5", "b", "c", -1.0, -1.5, -0.5)]  # fmt: skip
     columns = ["root", "first", "second", "value", "low", "high"]
-    chart = redundancy.interaction_map(pd.DataFrame(rows, columns=columns))
+    chart = charts.interaction_map(pd.DataFrame(rows, columns=columns))
     assert "Of 3 pairs of edges, 1 back each other up and 1 take" in title(chart)
     assert "1.00" in drawn(chart)
 
@@ -79,9 +78,9 @@ def test_takeover_says_what_returns():
             for circuit in ("planted", "1.5")
             for scales in ("recomputed", "frozen")
             for n in (0, 1, 2)
-            for measure in (*redundancy.KEPT, "returned")]  # fmt: skip
+            for measure in (*charts.ROOT_MEASURES, "returned")]  # fmt: skip
     columns = ["circuit", "scales", "round", "measure", "value", "low", "high"]
-    chart = redundancy.takeover_lines(pd.DataFrame(rows, columns=columns))
+    chart = charts.takeover_lines(pd.DataFrame(rows, columns=columns))
     assert "1.5 (frozen) 25\xa0% [0, 50]" in title(chart)
     assert drawn(chart)
 
@@ -101,6 +100,6 @@ def test_curves_say_who_needs_the_fewest_edges(reached, said):
     table["completeness"] = table["faithfulness"]
     for name in ("faithfulness", "completeness"):
         table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.1, table[name] + 0.1
-    chart = redundancy.faithfulness_curves(table, pd.Series(reached, dtype=float), 0.8)
+    chart = charts.faithfulness_curves(table, pd.Series(reached, dtype=float), 0.8)
     assert title(chart).endswith(f"Edges to reach 80\xa0% of the logit difference: {said}")
     assert drawn(chart)

@@ -7,9 +7,8 @@ import pytest
 import vl_convert
 
 from drawing import drawn
+from drawing import spec as spec_of
 from sparse_signals.charts import planted as charts
-from sparse_signals.charts import planted as pictures
-from sparse_signals.charts import style as base
 from sparse_signals.planted.circuits import planted
 from sparse_signals.planted.scoring import (
     FATES,
@@ -28,9 +27,9 @@ def text(chart) -> str:
 
 def with_value(chart, name, value):
     """The chart as it is after a menu was used."""
-    spec = chart.to_dict()
+    spec = spec_of(chart)
     next(p for p in spec["params"] if p["name"] == name)["value"] = value
-    return vl_convert.vegalite_to_svg(base.canonical(spec), vl_version="6.4")
+    return vl_convert.vegalite_to_svg(spec, vl_version="6.4")
 
 
 @cache
@@ -46,7 +45,7 @@ def circuits():
 
 
 def test_picture_counts_edges_and_draws_one_circuit_at_a_time(circuits):
-    chart = pictures.planted_circuits(*circuits)
+    chart = charts.planted_circuits(*circuits)
     assert "6 edges (inhibition), 12 edges (redundant)" in text(chart)
     assert ">3.0<" not in drawn(chart) and ">3.0<" in with_value(chart, "circuit", "redundant")
 
@@ -56,23 +55,23 @@ def test_decoys_are_boxes_without_lines(circuits):
     assert set(decoys["reader"]) == {"0.1", "0.2", "1.1", "1.2"}
     mine = edges[edges["circuit"] == "decoys"]
     assert not set(decoys["reader"]) & (set(mine["upstream"]) | set(mine["reader"]))
-    svg = with_value(pictures.planted_circuits(*circuits), "circuit", "decoys")
+    svg = with_value(charts.planted_circuits(*circuits), "circuit", "decoys")
     assert ">1.2<" in svg and ">0.2<" in svg
 
 
 def test_no_two_boxes_of_a_circuit_overlap(circuits):
-    nodes = pictures._nodes(*circuits)
+    nodes = charts._planted_nodes(*circuits)
     for _, row in nodes.groupby(["circuit", "y"]):
-        assert (row["x"].sort_values().diff().dropna() > 2 * pictures.HALF_X).all()
+        assert (row["x"].sort_values().diff().dropna() > 2 * charts.HALF_X).all()
 
 
 def test_attention_title_never_promises_more_than_there_is():
     looks = drawn_attention(case("inhibition"))
     assert looks.groupby("head")["planted"].sum().eq(1).all()
-    chart = pictures.planted_attention(looks)
+    chart = charts.attention_squares(looks)
     assert "at least 99.9" in text(chart) and "0 &lt;start&gt;" in drawn(chart)
     looks.loc[looks["planted"], "attention"] = 0.5129
-    assert "at least 51.2" in text(pictures.planted_attention(looks))
+    assert "at least 51.2" in text(charts.attention_squares(looks))
 
 
 def scores(exact=1.0, **columns):
@@ -117,7 +116,7 @@ def test_noise_title_speaks_of_the_noise_that_loses_half(share):
 
 
 def test_fates_have_the_names_of_the_module():
-    assert charts.FATES == FATES
+    assert tuple(charts.FATE_COLOURS) == FATES
 
 
 def test_noise_methods_can_be_chosen_without_a_mouse():

@@ -7,7 +7,6 @@ import torch
 
 from drawing import drawn
 from sparse_signals.charts import signals as charts
-from sparse_signals.charts import signals as nulls
 from sparse_signals.signals.slices import slice_table
 
 
@@ -70,14 +69,14 @@ def intervals(best):
     rows = [
         (basis, "firing", measure, 3.0 - (basis == best), 2.5, 3.5)
         for basis in ("SVD", "random rotation")
-        for measure in nulls.MEASURES
+        for measure in charts.SPARSITY_MEASURES
     ]
     return pd.DataFrame(rows, columns=["basis", "pairs", "measure", "value", "low", "high"])
 
 
 @pytest.mark.parametrize("best", ["SVD", "random rotation"])
 def test_measure_intervals_name_the_sparsest_basis(best):
-    chart = nulls.measure_intervals(intervals(best))
+    chart = charts.measure_intervals(intervals(best))
     assert text(chart).endswith(best) and "random rotation" in drawn(chart)
 
 
@@ -85,7 +84,7 @@ def differences(high):
     rows = [
         (name, 30, "random rotation", measure, high - 1, high - 2, high)
         for name in ("0.0", "0.1", "1.0")
-        for measure in nulls.MEASURES
+        for measure in charts.SPARSITY_MEASURES
     ]
     columns = ["name", "pairs", "null", "measure", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
@@ -93,12 +92,12 @@ def differences(high):
 
 @pytest.mark.parametrize(("high", "found"), [(-0.5, "in 3 of 3"), (0.5, "in 0 of 3")])
 def test_head_differences_count_clear_heads(high, found):
-    chart = nulls.head_differences(differences(high))
+    chart = charts.head_differences(differences(high))
     assert found in text(chart) and "SVD sparser" in drawn(chart)
 
 
 def test_head_differences_draw_the_busiest_heads_only():
-    chart = nulls.head_differences(differences(-1), most=2)
+    chart = charts.head_differences(differences(-1), most=2)
     assert "2 heads that fire most" in chart.to_dict()["title"]["subtitle"][0]
 
 
@@ -108,7 +107,7 @@ def test_captured_says_where_the_median_reaches_ninety_percent():
         {"basis": "SVD", "n": [1, 2, 3, 4], "share": share, "low": share - 0.1, "high": share}
     )
     both = pd.concat([one, one.assign(basis="other", share=share**4)])
-    chart = nulls.captured(both)
+    chart = charts.captured(both)
     assert "3 (SVD)" in text(chart) and "4 (other)" in text(chart) and drawn(chart)
 
 

@@ -7,7 +7,7 @@ import pytest
 import vl_convert
 
 from sparse_signals.charts import style as base
-from sparse_signals.core.numbers import rounded
+from sparse_signals.core.numbers import percent, rounded
 
 
 @pytest.fixture
@@ -50,16 +50,58 @@ def test_rounded_touches_floats_only():
     assert out["b"].tolist() == [123456, 2] and out["c"].tolist() == ["x", "y"]
 
 
+@pytest.mark.parametrize(("share", "words"), [(0.914, "91 %"), (0.0042, "0.4 %"), (1.0, "100 %")])
+def test_percent_reads_like_a_sentence(share, words):
+    assert percent(share).replace("\u00a0", " ") == words
+
+
+def numbers(chart):
+    """All values of y, in all data of a chart."""
+    sets = base.specification(chart)["datasets"].values()
+    return [row["y"] for rows in sets for row in rows if "y" in row]
+
+
+def test_every_part_of_a_chart_is_rounded_as_it_asks():
+    table = pd.DataFrame({"y": [1.23456, -1e-15, np.nan]})
+    marks = [alt.Chart(table.assign(n=n)).mark_point().encode(y="y:Q") for n in range(4)]
+    rows = alt.Chart(table.assign(n=4)).mark_point().encode(y="y:Q").facet("n:N")
+    chart = alt.vconcat(alt.hconcat(marks[0] + marks[1], marks[2]), marks[3], rows)
+    assert numbers(base.finish(chart, "Title", "Words")) == [1.235, 0.0, None] * 5
+    assert numbers(base.finish(chart, "Title", "Words", digits=2)) == [1.2, 0.0, None] * 5
+    assert "digits" not in table.attrs
+
+
+def test_data_that_a_chart_looks_up_are_rounded():
+    table = pd.DataFrame({"key": ["a"], "y": [2 / 3]})
+    looked = alt.LookupData(table, "key", ["y"])
+    chart = alt.Chart(table[["key"]]).mark_point().transform_lookup("key", looked).encode(y="y:Q")
+    assert numbers(chart) == [0.6667]
+
+
+def test_menus_give_values_names_and_need_a_choice():
+    def made(*args, **options):
+        return base.menu("m", *args, **options).param.to_dict()
+
+    pick = made({"a": "first", "b": "second"}, "Measure", start="b")
+    assert pick["value"] == "b"
+    assert pick["bind"] == {"input": "select", "name": "Measure ", "options": ["a", "b"],
+                            "labels": ["first", "second"]}  # fmt: skip
+    assert made(["a", "b"], radio=True)["bind"]["input"] == "radio"
+    assert made(["a"]) == {"name": "m", "value": "a"}
+
+
 def test_spec_does_not_depend_on_charts_drawn_before(table):
-    first = base.canonical(chart_of(table).to_dict())
+    first = base.specification(chart_of(table))
     chart_of(table)
-    assert base.canonical(chart_of(table).to_dict()) == first
+    assert base.specification(chart_of(table)) == first
+    assert [p["name"] for p in first["params"]] == ["param_1"]
+    assert list(first["datasets"]) == ["table_1"]
 
 
 def test_spec_does_not_depend_on_the_last_bits_of_the_data(table):
     noisy = table.assign(y=table["y"] * (1 + 1e-15))
     assert not noisy.equals(table)
-    specs = [base.canonical(chart_of(data).to_dict()) for data in (table, noisy)]
+    specs = [base.specification(chart_of(data)) for data in (table, noisy)]
     assert json.dumps(specs[0]) == json.dumps(specs[1])
 
 
@@ -69,11 +111,12 @@ def test_output_has_the_spec_and_the_description(table):
     assert set(bundle) == {base.MIME, "text/plain"}
     assert bundle["text/plain"] == "Points of four kinds"
     assert metadata[base.MIME]["embed_options"]["renderer"] == "svg"
+    assert bundle[base.MIME] == base.specification(chart_of(table))
 
 
 @pytest.mark.parametrize("version", ["5.8", "6.4"])
 def test_jupyterlab_and_the_site_draw_the_same_spec(table, version):
-    spec = base.canonical(chart_of(table).to_dict())
+    spec = base.specification(chart_of(table))
     svg = vl_convert.vegalite_to_svg(spec, vl_version=version)
     assert svg.count('aria-roledescription="point"') >= 16
     assert "currentColor" in svg and "What we found" in svg
@@ -95,8 +138,6 @@ def test_colours_stand_out_on_light_and_dark_pages(colour, background):
 def test_spec_does_not_depend_on_the_last_bits_of_a_scale(table):
     def spec(limit):
         scale = alt.Scale(domain=[-limit, limit])
-        return base.canonical(
-            alt.Chart(table).mark_bar().encode(alt.X("x:Q", scale=scale)).to_dict()
-        )
+        return base.specification(alt.Chart(table).mark_bar().encode(alt.X("x:Q", scale=scale)))
 
     assert spec(6.025038672963486) == spec(6.025038672963485)

@@ -2,11 +2,7 @@
 
 import vl_convert
 
-from sparse_signals.charts.style import canonical
-
-
-def spec(chart):
-    return canonical(chart.to_dict())
+from sparse_signals.charts.style import specification as spec
 
 
 def title(chart):

@@ -15,7 +15,7 @@ import pandas as pd
 import vl_convert
 
 from sparse_signals.charts.style import VEGA_LITE, canonical
-from sparse_signals.charts.tracing import circuit_graph, drawn_edges
+from sparse_signals.charts.tracing import circuit_graph, named_edges
 from sparse_signals.core.numbers import fmt, rounded
 from sparse_signals.core.resume import atomic
 
@@ -71,7 +71,7 @@ def script_json(value: Any) -> str:
 
 def edge_table(edges: pd.DataFrame) -> str:
     """The edges as an HTML table with headings to sort by; rows know their nodes and percentage."""
-    table = rounded(drawn_edges(edges)).sort_values("prompts", ascending=False, kind="stable")
+    table = rounded(named_edges(edges)).sort_values("prompts", ascending=False, kind="stable")
     head = "".join(_heading(key, name) for key, name in COLUMNS.items())
     body = "\n".join(_row(edge) for edge in table.to_dict("records"))
     caption = (

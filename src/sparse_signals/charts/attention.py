@@ -4,15 +4,13 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from sparse_signals.charts.style import finish
-from sparse_signals.core.numbers import rounded
+from sparse_signals.charts.style import COLOURS, TOKEN_STEP, distinct, finish, menu, tooltips
+from sparse_signals.core.numbers import percent
 
-ROLES = ("IO", "S1", "S2", "third", "end")
-BLUE = "#0072B2"
+NAMED_ROLES = ("IO", "S1", "S2", "third", "end")
+BLUE, ORANGE = COLOURS[:2]
 CELL = {"width": {"band": 1}, "height": {"band": 1}, "stroke": "currentColor"}
 SHADE = alt.Scale(domain=[0, 1], range=[0.04, 1])  # opacity: low is faint on any background
-STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
-PARTS = ("content", "source", "destination", "constant")
 
 
 def head_names(table: pd.DataFrame) -> pd.Series:
@@ -25,19 +23,13 @@ def token_labels(roles: pd.DataFrame) -> pd.DataFrame:
 
     `roles` is the table of `prompts.role_table`: prompt, pos, token, role, a row for each role.
     """
-    kept = roles.assign(role=roles["role"].where(roles["role"].isin(ROLES), ""))
+    kept = roles.assign(role=roles["role"].where(roles["role"].isin(NAMED_ROLES), ""))
     rows = kept.groupby(["prompt", "pos"], as_index=False).agg(
         token=("token", "first"), role=("role", lambda r: ", ".join(x for x in r if x))
     )
     role = rows["role"].map(lambda x: f" ({x})" if x else "")
     label = rows["pos"].astype(str) + " " + rows["token"].str.strip() + role
     return rows[["prompt", "pos"]].assign(label=label)
-
-
-def percent(share: float) -> str:
-    """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
-    number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"
-    return f"{number}\u00a0%"  # a line never breaks there
 
 
 def attention_explorer(
@@ -48,14 +40,12 @@ def attention_explorer(
     `attention`: prompt, layer, head, dest, src, attention (all pairs). `roles`: the table of
     `prompts.role_table` for the same prompts. `start`: the head shown first, like "2.3".
     """
-    texts, attention = _visible(attention, roles)
+    texts, attention = _visible_pairs(attention, roles)
     heads = _looks_at(attention, roles, "end", "IO")
     head = _choice("name", list(heads["name"]), start, "Head ")
     answers = roles[roles["role"] == "IO"].sort_values("prompt")["token"].str.strip()
-    prompts = [int(p) for p in texts["prompt"]]
-    words = [f"{p}: {word}" for p, word in zip(prompts, answers, strict=True)]
-    menu = alt.binding_select(options=prompts, labels=words, name="Prompt ")
-    prompt = alt.param(name="prompt", value=prompts[0], bind=menu)
+    pairs = zip(texts["prompt"], answers, strict=True)
+    prompt = menu("prompt", {int(p): f"{p}: {word}" for p, word in pairs}, "Prompt")
     far = alt.binding_range(
         min=0, max=int(texts["last"].max()), step=1, name="Destination: tokens from the end "
     )
@@ -68,7 +58,7 @@ def attention_explorer(
         empty=False,
         clear=False,
     )
-    grid = _grid(heads, head, "mean attention from end to IO")
+    grid = _head_grid(heads, head, "mean attention from end to IO")
     unpacked = _unpack(_packed(attention), texts, head)
     chart = alt.vconcat(grid, _matrix(unpacked, back), _row(unpacked, back), spacing=14)
     chart = chart.resolve_scale(fillOpacity="independent").add_params(prompt)
@@ -85,7 +75,9 @@ def attention_explorer(
     return finish(chart, title, description)
 
 
-def _visible(attention: pd.DataFrame, roles: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _visible_pairs(
+    attention: pd.DataFrame, roles: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The labels of each prompt in one string, and the pairs without padding and future tokens."""
     texts = token_labels(roles).groupby("prompt", as_index=False).agg(
         labels=("label", "\t".join), last=("pos", "max")
@@ -119,11 +111,11 @@ def _choice(field: str, options: list, value: object, label: str) -> alt.Paramet
     )  # fmt: skip
 
 
-def _grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> alt.LayerChart:
+def _head_grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> alt.LayerChart:
     """Layers by heads: colour and size of a dot say the same, a frame marks the chosen head."""
     many = heads["layer"].nunique() > 12
     table = heads.assign(size=heads["mean"], back=0)  # another head: back to the last token
-    base = alt.Chart(rounded(table), width=alt.Step(26), height=alt.Step(13 if many else 24))
+    base = alt.Chart(table, width=alt.Step(26), height=alt.Step(13 if many else 24))
     base = base.encode(
         alt.X("head:O").title("head").axis(labelAngle=0).scale(padding=0),
         alt.Y("layer:O").title("layer").scale(padding=0),
@@ -169,7 +161,7 @@ def _matrix(unpacked: alt.Chart, back: alt.Parameter) -> alt.Chart:
             strokeWidth=alt.condition(back, alt.value(1), alt.value(0)),
             tooltip=["destination:N", "source:N", alt.Tooltip("attention:Q", format=".1%")],
         )
-        .properties(width=alt.Step(STEP), height=alt.Step(STEP))
+        .properties(width=alt.Step(TOKEN_STEP), height=alt.Step(TOKEN_STEP))
         .add_params(back)
     )
 
@@ -182,8 +174,8 @@ def _row(unpacked: alt.Chart, back: alt.Parameter) -> alt.LayerChart:
     )  # fmt: skip
     values = bars.transform_filter("datum.attention >= 0.005").mark_text(align="left", dx=3)
     values = values.encode(text=alt.Text("attention:Q", format=".0%"))
-    shown = bars.mark_bar(color="#D55E00").encode(tooltip=["destination:N", "source:N"])
-    return alt.layer(shown, values).properties(width=260, height=alt.Step(STEP))
+    shown = bars.mark_bar(color=ORANGE).encode(tooltip=["destination:N", "source:N"])
+    return alt.layer(shown, values).properties(width=260, height=alt.Step(TOKEN_STEP))
 
 
 def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
@@ -195,13 +187,11 @@ def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
         mean=("attention", "mean")
     )
     means = means.assign(name=head_names(means))
-    pairs = list(dict.fromkeys(table["pair"]))
+    pairs = distinct(table["pair"])
     top = means.loc[means.groupby("pair", sort=False)["mean"].idxmax()].set_index("pair")
-    pair = alt.param(
-        name="pair", value=pairs[0], bind=alt.binding_select(options=pairs, name="Pair of roles ")
-    )
-    head = _choice("name", list(dict.fromkeys(means["name"])), top["name"][pairs[0]], "Head ")
-    grid = _grid(means, head, "mean attention").transform_filter("datum.pair === pair")
+    pair = menu("pair", pairs, "Pair of roles")
+    head = _choice("name", distinct(means["name"]), top["name"][pairs[0]], "Head ")
+    grid = _head_grid(means, head, "mean attention").transform_filter("datum.pair === pair")
     strip = _strip(table, head)
     found = "; ".join(f"{p}: {top['name'][p]} ({percent(top['mean'][p])})" for p in pairs)
     title = f"The heads that look hardest, {found}"
@@ -248,27 +238,24 @@ def softmax_bars(row: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     best, second = row["score"].nlargest(2)
     weight = np.exp(row["score"] - best)
     favourite = row.loc[row["score"].idxmax(), "label"]
-    token = alt.param(
-        name="token", value=favourite,
-        bind=alt.binding_select(options=list(row["label"]), name="Token "),
-    )  # fmt: skip
+    token = menu("token", list(row["label"]), "Token", start=favourite)
     slider = alt.binding_range(min=-6, max=6, step=0.5, name="Add to its score ")
     extra = alt.param(name="extra", value=0, bind=slider)
     place = alt.Y("label:N").sort(None).title("source token")
     bars = (
-        alt.Chart(rounded(row.assign(order=range(len(row)))), width=150, height=alt.Step(STEP + 3))
+        alt.Chart(row.assign(order=range(len(row))), width=150, height=alt.Step(TOKEN_STEP + 3))
         .transform_calculate(changed="datum.score + (datum.label === token ? extra : 0)")
         .transform_calculate(e="exp(datum.changed)")
         .transform_joinaggregate(all="sum(e)")
         .transform_calculate(attention="datum.e / datum.all")
     )
-    tips = [alt.Tooltip(n, format=".3f") for n in ("score:Q", "changed:Q", "attention:Q")]
+    tips = tooltips("score", "changed", "attention")
     chosen = alt.condition("datum.label === token", alt.value(1), alt.value(0.65))
-    score = bars.mark_bar(color="#0072B2").encode(
+    score = bars.mark_bar(color=BLUE).encode(
         alt.X("changed:Q").title("score (softmax units)"), place,
         opacity=chosen, tooltip=["label:N", *tips],
     )  # fmt: skip
-    attention = bars.mark_bar(color="#D55E00").encode(
+    attention = bars.mark_bar(color=ORANGE).encode(
         alt.X("attention:Q").title("attention").axis(format="%").scale(domain=[0, 1]),
         place.axis(None), opacity=chosen, tooltip=["label:N", *tips],
     )  # fmt: skip
@@ -300,10 +287,10 @@ def log_odds(points: pd.DataFrame) -> alt.TopLevelMixin:
     x = alt.X("difference:Q").title("difference of two scores, a(i,j) − a(i,j′)")
     y = alt.Y("odds:Q").scale(type="log").title("odds of attention, A(i,j) / A(i,j′)")
     y = y.axis(format="~g", tickCount=7)
-    tips = ["name:N", *(alt.Tooltip(n, format=".3g") for n in ("difference:Q", "odds:Q"))]
+    tips = ["name:N", *tooltips("difference", "odds", form=".3g")]
     points = points.assign(name=head_names(points))[["name", "difference", "odds"]]
-    dots = alt.Chart(rounded(points)).mark_point(size=28, opacity=0.7, color="#0072B2")
-    rule = alt.Chart(rounded(line)).mark_line(strokeDash=[5, 4], color="#D55E00")
+    dots = alt.Chart(points).mark_point(size=28, opacity=0.7, color=BLUE)
+    rule = alt.Chart(line).mark_line(strokeDash=[5, 4], color=ORANGE)
     layers = alt.layer(rule.encode(x, y), dots.encode(x, y, tooltip=tips))
     description = (
         "Scatter chart. Each point is two source tokens seen by one destination in one head: the "
@@ -312,21 +299,18 @@ def log_odds(points: pd.DataFrame) -> alt.TopLevelMixin:
     return finish(layers.properties(width=380, height=260), title, description)
 
 
-def score_parts(table: pd.DataFrame) -> alt.TopLevelMixin:
+def part_shares(table: pd.DataFrame) -> alt.TopLevelMixin:
     """How much of the variation of the scores is due to each part of Ω, in every head.
 
     `table`: scope ("within a softmax row" or another choice), part, layer, head, share.
     """
     table = table.assign(name=head_names(table))
-    scopes = list(dict.fromkeys(table["scope"]))
-    scope = alt.param(
-        name="scope", value=scopes[0], bind=alt.binding_select(options=scopes, name="Variation ")
-    )
+    scopes, parts = distinct(table["scope"]), distinct(table["part"])
     chosen = alt.selection_point(name="marked", fields=["name"], on="click", empty=False)
     dots = (
-        _by_layer(alt.Chart(rounded(table), width=380, height=70), table)
+        _by_layer(alt.Chart(table, width=380, height=70), table)
         .transform_filter("datum.scope === scope")
-        .mark_point(color="#0072B2", filled=True)
+        .mark_point(color=BLUE, filled=True)
         .encode(
             alt.Y("share:Q").title("share").axis(format="%", tickCount=4),
             size=alt.condition(chosen, alt.value(150), alt.value(28)),
@@ -335,22 +319,26 @@ def score_parts(table: pd.DataFrame) -> alt.TopLevelMixin:
         )
         .add_params(chosen)
     )
-    row = alt.Row("part:N", sort=list(PARTS)).title(None)
+    row = alt.Row("part:N", sort=parts).title(None)
     row = row.header(labelOrient="top", labelAnchor="start", labelFontWeight="bold")
-    title = _parts_title(table[table["scope"] == scopes[0]], scopes[0])
+    title = _parts_title(table[table["scope"] == scopes[0]], parts, scopes[0])
     description = (
         "Four dot charts, one for each part of the score, with one dot for each head: the share of "
         f"the variation of the head's scores that is due to the part. {title}."
     )
-    return finish(dots.facet(row=row, spacing=6).add_params(scope), title, description)
+    return finish(
+        dots.facet(row=row, spacing=6).add_params(menu("scope", scopes, "Variation")),
+        title,
+        description,
+    )
 
 
-def _parts_title(table: pd.DataFrame, scope: str) -> str:
+def _parts_title(table: pd.DataFrame, parts: list[str], scope: str) -> str:
     median = table.groupby("part")["share"].median()
     size = table.groupby("part")["share"].apply(lambda share: share.abs().max())
-    live = [part for part in PARTS if size[part] > 1e-9]
+    live = [part for part in parts if size[part] > 1e-9]
     found = ", ".join(f"{part} {percent(median[part])}" for part in live)
-    *others, last = [part for part in PARTS if part not in live] or [""]
+    *others, last = [part for part in parts if part not in live] or [""]
     dead = f"{', '.join(others)} and {last}" if others else last
     nothing = f"; {dead} exactly nothing" if dead else ""
     return f"What makes scores vary {scope} (median head): {found}{nothing}"
@@ -362,9 +350,9 @@ def pair_share(table: pd.DataFrame) -> alt.TopLevelMixin:
     `table`: kind, layer, head, share, low, high. The first kind is the one that is claimed.
     """
     table = table.assign(name=head_names(table))
-    kinds = list(dict.fromkeys(table["kind"]))
+    kinds = distinct(table["kind"])
     shown = alt.selection_point(name="kinds", fields=["kind"], bind="legend")
-    base = _by_layer(alt.Chart(rounded(table), width=380, height=280), table)
+    base = _by_layer(alt.Chart(table, width=380, height=280), table)
     legend = alt.Legend(orient="bottom", columns=1)
     colour = alt.Color("kind:N").scale(domain=kinds).title(None)
     faded = alt.condition(shown, alt.value(1), alt.value(0.08))
@@ -377,8 +365,7 @@ def pair_share(table: pd.DataFrame) -> alt.TopLevelMixin:
         color=colour.legend(legend),
         shape=alt.Shape("kind:N").scale(domain=kinds).title(None).legend(legend),
         opacity=faded,
-        tooltip=["name:N", "kind:N", *(alt.Tooltip(f"{n}:Q", format=".1%") for n in
-                                      ("share", "low", "high"))],
+        tooltip=["name:N", "kind:N", *tooltips("share", "low", "high", form=".1%")],
     )  # fmt: skip
     mine = table[table["kind"] == kinds[0]]
     others = "; ".join(

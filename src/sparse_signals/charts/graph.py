@@ -8,10 +8,17 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.style import COLOURS, HIGHLIGHT, INK, WIDTH, finish
-from sparse_signals.core.numbers import rounded
+from sparse_signals.charts.style import (
+    COLOURS,
+    HIGHLIGHT,
+    INK,
+    WIDTH,
+    distinct,
+    finish,
+    menu,
+)
 
-SHOWN = 40  # about as many edges as can be followed by eye
+EDGES_SHOWN = 40  # about as many edges as can be followed by eye
 NODE = "#596270"  # white letters are legible on it, and it stands out on white and on black
 FAINT = 0.12
 TALL = 600
@@ -28,12 +35,12 @@ HOW = (
     "Edges run upwards, from the component that writes to the head that reads. Point at a node "
     "to see its edges, click to pin it (with Shift: several), Escape unpins."
 )
-LETTERS = (
+KEY = (
     "E: embedding, P: position, B: bias of the row; M and B with a number: MLP and bias of a layer."
 )
 Axes = tuple[dict[str, Any], dict[str, Any]]
 PLOT = WIDTH - 64  # what the axis of layers leaves
-LETTER = 6.3  # mean width of a letter in the labels, in pixels
+LETTER_WIDTH = 6.3  # mean width of a letter in the labels, in pixels
 PADDING = 8  # inside a node, left and right together
 BETWEEN = 5  # pixels between two nodes
 NARROW = 16  # a column without nodes
@@ -41,8 +48,8 @@ HALF = 8  # half the height of a node
 ROW = 19  # pixels from a row of nodes to the next one
 GAP = 15  # free pixels between two bands, where edges show
 MARGIN = 22  # free pixels left and right, where edges bend
-WORDS = {"embedding": "embed", "position": "pos", "bias row": "bias"}
-ABBREVIATIONS = {"embedding": "E", "position": "P", "bias row": "B"}
+NODE_WORDS = {"embedding": "embed", "position": "pos", "bias row": "bias"}
+NODE_LETTERS = {"embedding": "E", "position": "P", "bias row": "B"}
 
 
 @dataclass(frozen=True)
@@ -61,15 +68,15 @@ class Layout:
     brief: bool
 
 
-def place(nodes: pd.DataFrame, columns: list[str]) -> Layout:
+def lay_out(nodes: pd.DataFrame, columns: list[str]) -> Layout:
     """Lay out `nodes` (node, component, column, layer, strength; one row per node).
 
     Every node gets a box that holds its label; in a cell the strongest comes first. Labels are
     words where they fit into the width of a page, and letters where there are too many columns.
     """
     nodes = nodes.sort_values(["strength", "node"], ascending=[False, True])
-    words = nodes["component"].map(lambda name: short(name, WORDS, "MLP ", "bias "))
-    letters = nodes["component"].map(lambda name: short(name, ABBREVIATIONS, "M", "B"))
+    words = nodes["component"].map(lambda name: short(name, NODE_WORDS, "MLP ", "bias "))
+    letters = nodes["component"].map(lambda name: short(name, NODE_LETTERS, "M", "B"))
     brief = bool(_least_widths(nodes, words, columns).sum() > PLOT - 2 * MARGIN)
     labels = letters if brief else words
     widths = _fill(nodes, _least_widths(nodes, labels, columns))
@@ -93,7 +100,7 @@ def short(component: str, names: dict[str, str], mlp: str, bias: str) -> str:
 
 
 def _box(labels: pd.Series) -> pd.Series:
-    return labels.str.len() * LETTER + PADDING
+    return labels.str.len() * LETTER_WIDTH + PADDING
 
 
 def _least_widths(nodes: pd.DataFrame, labels: pd.Series, columns: list[str]) -> pd.Series:
@@ -151,10 +158,10 @@ def draw(
     lane, and what `tips` shows. `units` says what a column is, and what percent is.
     """
     nodes = _nodes(table)
-    layout = place(nodes, columns)
+    layout = lay_out(nodes, columns)
     shown = [tip.shorthand.split(":")[0] for tip in tips]
     kept = ["writer", "reader", "side", "source", "percent", "share", "lane", *shown]
-    data = rounded(table[list(dict.fromkeys(kept))])
+    data = table[distinct(kept)]
     axes = _axes(layout, units[0])
     lines = _lines(_curves(data, layout), axes, tips)
     boxes = _boxes(_touched(data, layout), axes)
@@ -167,15 +174,15 @@ def draw(
         f"side. A slider prunes edges by {units[1]}, a menu chooses a node. {title}."
     )
     chart = chart.properties(width=layout.width, height=layout.height)
-    return finish(chart, title, description, f"{HOW} {LETTERS}" if layout.brief else HOW)
+    return finish(chart, title, description, f"{HOW} {KEY}" if layout.brief else HOW)
 
 
 def default_prune(percents: pd.Series) -> int:
     """The whole percentage that leaves about 40 edges; all of them when there are hardly more."""
-    if len(percents) <= SHOWN * 1.25:
+    if len(percents) <= EDGES_SHOWN * 1.25:
         return int(percents.min())  # one step more drops the weakest
     kept = pd.Series({least: int((percents >= least).sum()) for least in range(101)})
-    return int((kept[kept > 0] - SHOWN).abs().idxmin())
+    return int((kept[kept > 0] - EDGES_SHOWN).abs().idxmin())
 
 
 def _nodes(table: pd.DataFrame) -> pd.DataFrame:
@@ -202,12 +209,9 @@ def _controls(nodes: pd.DataFrame, prune: int, unit: str) -> list[alt.Parameter]
     """The slider that prunes, and the menu of nodes for readers without a mouse."""
     names = nodes.sort_values(["layer", "component", "column"])["node"].tolist()
     slider = alt.binding_range(min=0, max=100, step=1, name=f"Edges of at least this {unit} ")
-    menu = alt.binding_select(
-        options=[None, *names], labels=["none", *names], name="Edges of node "
-    )
     return [
         alt.param(name="prune", value=prune, bind=slider),
-        alt.param(name="chosen", value=None, bind=menu),
+        menu("chosen", {None: "none"} | {name: name for name in names}, "Edges of node"),
     ]
 
 
@@ -216,9 +220,9 @@ def _axes(layout: Layout, title: str) -> Axes:
     layers = {at: _layer_name(layer) for layer, at in layout.bands.items()}
     columns = {at: name for name, at in layout.columns.items()}
     free = {"labelOverlap": False, "grid": False}
-    x = alt.Axis(values=list(columns), labelExpr=_names(columns), **free)
+    x = alt.Axis(values=list(columns), labelExpr=_name_at(columns), **free)
     x = alt.Axis(**x.to_dict(), labelAngle=-50) if _crowded(layout) else x
-    y = alt.Axis(values=list(layers), labelExpr=_names(layers), **free | {"grid": True})
+    y = alt.Axis(values=list(layers), labelExpr=_name_at(layers), **free | {"grid": True})
     across, up = (alt.Scale(domain=[0, size], nice=False) for size in (layout.width, layout.height))
     return {"title": title, "axis": x, "scale": across}, {"title": "layer", "axis": y, "scale": up}
 
@@ -227,7 +231,7 @@ def _crowded(layout: Layout) -> bool:
     """Whether names of columns would touch when they are written side by side."""
     places = layout.columns.values()
     room = min((b - a for a, b in pairwise(places)), default=layout.width)
-    return any(len(name) * LETTER + BETWEEN > room for name in layout.columns)
+    return any(len(name) * LETTER_WIDTH + BETWEEN > room for name in layout.columns)
 
 
 def _top_names(layout: Layout, axes: Axes) -> list[alt.Chart]:
@@ -246,7 +250,7 @@ def _layer_name(layer: float) -> str:
     )
 
 
-def _names(places: dict[int, str]) -> str:
+def _name_at(places: dict[int, str]) -> str:
     """Vega expression: the name that stands at a place of an axis."""
     return f"({json.dumps(places, ensure_ascii=False)})[datum.value]"
 
@@ -257,7 +261,7 @@ def _active(field: str) -> str:
     return " || ".join(f"indexof({nodes}, datum.{field}) >= 0" for nodes in lists)
 
 
-def _visible(data: pd.DataFrame) -> alt.Chart:
+def _visible_edges(data: pd.DataFrame) -> alt.Chart:
     """The edges that the slider leaves; `lit` ones end at an active node."""
     lit = f"{_active('writer')} || {_active('reader')} ? 1 : 0"
     return alt.Chart(data).transform_filter("datum.percent >= prune").transform_calculate(lit=lit)
@@ -270,7 +274,7 @@ def _curves(data: pd.DataFrame, layout: Layout) -> alt.Chart:
     )
     bend = "(min(24, 8 + (datum.y1 - datum.y0) / 10) + 6 * datum.lane)"
     return (
-        _visible(data)
+        _visible_edges(data)
         .transform_lookup("writer", places, as_=["x0", "y0", "column0"])
         .transform_lookup("reader", places, as_=["x1", "y1", "column1"])
         .transform_calculate(
@@ -313,7 +317,7 @@ def _touched(data: pd.DataFrame, layout: Layout) -> alt.Chart:
     fields = ["label", "x", "y", "left", "right"]
     places = alt.LookupData(layout.nodes[["node", *fields]], "node", fields)
     return (
-        _visible(data)
+        _visible_edges(data)
         .transform_fold(["writer", "reader"], as_=["end", "node"])
         .transform_calculate(written="datum.end === 'writer' ? 1 : 0")
         .transform_aggregate(edges="count()", out="sum(written)", lit="max(lit)", groupby=["node"])

@@ -4,23 +4,32 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from sparse_signals.charts.style import colour_and_dash, colour_and_shape, diverging, finish
-from sparse_signals.core.numbers import fmt, round_significant, rounded
+from sparse_signals.charts.style import (
+    COLOURS,
+    TOKEN_STEP,
+    colour_and_dash,
+    colour_and_shape,
+    distinct,
+    diverging,
+    finish,
+    menu,
+    tooltips,
+)
+from sparse_signals.core.numbers import fmt, round_significant
 
-SIDES = {"u": "destination, x̃·u", "v": "source, x̃·v"}
-SHOWN = 6  # tokens at each end of a direction
-STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
+COORDINATES = {"u": "destination, x̃·u", "v": "source, x̃·v"}
+LISTED = 6  # tokens at each end of a direction
 VERDICTS = ["flatter", "as random", "steeper"]
 
 
 def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
     """A small form and the rank-one pieces it is the sum of. `parts`: part, row, column, value."""
-    names = list(dict.fromkeys(parts["part"]))
+    names = distinct(parts["part"])
     whole = parts.loc[parts["part"] == names[0], "value"]
     size = parts.groupby("part", sort=False)["value"].agg(lambda x: float(np.square(x).sum()))
     share = size.iloc[1] / np.square(whole).sum()
     panels = (
-        alt.Chart(rounded(parts, 3), width=130, height=130)
+        alt.Chart(parts, width=130, height=130)
         .mark_rect()
         .encode(
             alt.X("column:O").title("source coordinate").axis(labels=False, ticks=False),
@@ -38,7 +47,7 @@ def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
         f"{len(names)} heat maps of the same toy matrix: the whole, then each σuvᵀ of its singular "
         f"value decomposition, whose rows are all multiples of one row. {title}."
     )
-    return finish(panels, title, description)
+    return finish(panels, title, description, digits=3)
 
 
 def packed(table: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
@@ -81,7 +90,7 @@ def partial_sums(partial: pd.DataFrame, words: list[str], head: str) -> alt.TopL
     )
     matrix = _rebuilt(partial, words)
     chart = alt.vconcat(matrix, _error(off), spacing=14).add_params(k)
-    return finish(chart.resolve_scale(color="independent"), title, description)
+    return finish(chart.resolve_scale(color="independent"), title, description, digits=3)
 
 
 def _rebuilt(partial: pd.DataFrame, words: list[str]) -> alt.Chart:
@@ -90,7 +99,7 @@ def _rebuilt(partial: pd.DataFrame, words: list[str]) -> alt.Chart:
     table = table.assign(dest=table["dest"].map(labels), src=table["src"].map(labels))
     scale = diverging(partial["score"])
     return (
-        alt.Chart(table, width=alt.Step(STEP), height=alt.Step(STEP))
+        alt.Chart(table, width=alt.Step(TOKEN_STEP), height=alt.Step(TOKEN_STEP))
         .transform_calculate(a="toNumber(split(datum.score, ' ')[K - 1])")
         .mark_rect()
         .encode(
@@ -110,12 +119,12 @@ def _error(off: pd.Series) -> alt.LayerChart:
         .scale(domain=[1, int(off.index[-1])], nice=False)
     )
     y = alt.Y("error:Q").title("relative error").axis(format="%")
-    base = alt.Chart(rounded(table, 3), width=330, height=120).encode(
+    base = alt.Chart(table, width=330, height=120).encode(
         x, y, tooltip=["K:Q", alt.Tooltip("error:Q", format=".1%")]
     )
-    line = base.mark_line(color="#0072B2")
+    line = base.mark_line(color=COLOURS[0])
     here = base.transform_filter("datum.K == K")
-    dot = here.mark_point(filled=True, size=90, color="#D55E00", shape="diamond", opacity=1)
+    dot = here.mark_point(filled=True, size=90, color=COLOURS[1], shape="diamond", opacity=1)
     text = here.mark_text(dx=8, dy=-10, align="left").encode(text=alt.Text("error:Q", format=".1%"))
     return alt.layer(line, dot, text)
 
@@ -126,10 +135,7 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
     `shares`: name, basis, K, value, low, high. `needed`: basis, value, low, high, all heads.
     `of`: how many directions there are.
     """
-    names = list(dict.fromkeys(shares["name"]))
-    head = alt.param(
-        name="shown", value=names[0], bind=alt.binding_select(options=names, name="Heads ")
-    )
+    head = menu("shown", distinct(shares["name"]), "Heads")
     count = needed.set_index("basis")
     bases = list(count.index)
     found = " against ".join(
@@ -143,10 +149,9 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
         .transform_filter("datum.name === shown")
         .encode(
             alt.X("K:Q").title("K, directions kept").scale(domain=[1, of], nice=False),
-            tooltip=["name:N", "basis:N", "K:Q",
-                     *(alt.Tooltip(f"{v}:Q", format=".1%") for v in values[1:])],
+            tooltip=["name:N", "basis:N", "K:Q", *tooltips(*values[1:], form=".1%")],
         )
-    )  # fmt: skip
+    )
     y = alt.Y("value:Q").title("right source found").axis(format="%").scale(domain=[0, 1])
     styles = colour_and_dash("basis:N", "kept")
     styles = {key: channel.sort(bases) for key, channel in styles.items()}
@@ -161,7 +166,7 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
         "Line chart with 95 % bands: the share of destinations whose most attended source is still "
         f"the right one when K directions are kept, for two ways of choosing them. {title}."
     )
-    return finish(chart, title, description)
+    return finish(chart, title, description, digits=3)
 
 
 # --- vectors -------------------------------------------------------------------------------------
@@ -181,10 +186,7 @@ def stability(turns: pd.DataFrame, closest: int = 10, most: int = 200) -> alt.To
         f"A relative change of {names[middle]} in the weights turns the vectors of the {closest} "
         f"closest neighbours by {fmt(vector, 2)}° (median), their planes by {fmt(plane, 2)}°"
     )
-    size = alt.param(
-        name="size", value=names[middle],
-        bind=alt.binding_select(options=list(names.values()), name="Relative change "),
-    )  # fmt: skip
+    size = menu("size", list(names.values()), "Relative change", start=names[middle])
     long = turns.melt(["size", "name", "k", "gap"], ["vector", "plane"], "object", "angle")
     long = long.assign(size=long["size"].map(names))
     chart = alt.layer(_turned(_thinned(long, most)), _medians(long)).add_params(size)
@@ -193,7 +195,7 @@ def stability(turns: pd.DataFrame, closest: int = 10, most: int = 200) -> alt.To
         "relative gap, and how far the singular vector and the plane of the two vectors turn when "
         f"the weights change a little. {title}."
     )
-    return finish(chart.properties(width=360, height=270), title, description)
+    return finish(chart.properties(width=360, height=270), title, description, digits=3)
 
 
 def _thinned(long: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -206,7 +208,7 @@ def _turned(points: pd.DataFrame) -> alt.Chart:
     styles["color"] = styles["color"].legend(None)  # the shapes say the same
     styles["shape"] = styles["shape"].legend(orient="bottom")
     return (
-        alt.Chart(rounded(points, 3))
+        alt.Chart(points)
         .transform_filter("datum.size === size")
         .mark_point(size=20, opacity=0.35)
         .encode(
@@ -224,7 +226,7 @@ def _medians(long: pd.DataFrame, least: int = 3) -> alt.Chart:
     lines = groups.agg(gap=("gap", "median"), angle=("angle", "median"), pairs=("pairs", "sum"))
     lines = lines.loc[lines["pairs"] >= least, ["size", "object", "gap", "angle"]]
     return (
-        alt.Chart(rounded(lines, 3))
+        alt.Chart(lines)
         .transform_filter("datum.size === size")
         .mark_line(strokeWidth=3)
         .encode(
@@ -253,7 +255,7 @@ def listeners(groups: pd.DataFrame, head: str, first: int) -> alt.TopLevelMixin:
     )
     keys = ranked.groupby(["side", "k"])
     rank, size = keys.cumcount(), keys["k"].transform("size")
-    kept = ranked[(rank < SHOWN) | (rank >= size - SHOWN)]
+    kept = ranked[(rank < LISTED) | (rank >= size - LISTED)]
     top = (
         kept[kept["k"] == first]
         .groupby("side")
@@ -263,23 +265,20 @@ def listeners(groups: pd.DataFrame, head: str, first: int) -> alt.TopLevelMixin:
         f"Pair {first} of head {head}: u points towards “{top['most']['u']}” and away from "
         f"“{top['least']['u']}”, v towards “{top['most']['v']}” and away from “{top['least']['v']}”"
     )
-    k = alt.param(
-        name="pair", value=first,
-        bind=alt.binding_select(options=[int(n) for n in sorted(kept["k"].unique())], name="Pair "),
-    )  # fmt: skip
-    sides = [_bars(kept[kept["side"] == side], text) for side, text in SIDES.items()]
+    k = menu("pair", [int(n) for n in sorted(kept["k"].unique())], "Pair", start=first)
+    sides = [_bars(kept[kept["side"] == side], text) for side, text in COORDINATES.items()]
     description = (
         f"Two bar charts for the chosen singular pair of head {head}: the tokens with the largest "
         f"and smallest mean coordinate, as destination and as source. {title}."
     )
     chart = alt.vconcat(*sides, spacing=12).resolve_scale(color="independent").add_params(k)
-    return finish(chart, title, description)
+    return finish(chart, title, description, digits=3)
 
 
 def _bars(side: pd.DataFrame, title: str) -> alt.Chart:
     limit = float(side["value"].abs().max())
     return (
-        alt.Chart(rounded(side[["k", "label", "value", "count"]], 3))
+        alt.Chart(side[["k", "label", "value", "count"]])
         .transform_filter("datum.k == pair")
         .mark_bar()
         .encode(
@@ -288,7 +287,7 @@ def _bars(side: pd.DataFrame, title: str) -> alt.Chart:
             alt.Color("value:Q").scale(diverging(side["value"])).legend(None),
             tooltip=["label:N", "value:Q", "count:Q"],
         )
-        .properties(width=280, height=alt.Step(STEP + 2))
+        .properties(width=280, height=alt.Step(TOKEN_STEP + 2))
     )
 
 
@@ -298,15 +297,11 @@ def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMix
     `flatness`: null, layer, head, name, ours, random, low, high, verdict, for one measure.
     `bands`: null, name, k, sigma, low, high.
     """
-    nulls = list(dict.fromkeys(flatness["null"]))
+    nulls = distinct(flatness["null"])
     heads = flatness.assign(change=np.log2(flatness["ours"] / flatness["random"]))
     first = heads[heads["null"] == nulls[0]]
     start = first.loc[first["change"].abs().idxmax(), "name"]
-    null = alt.param(
-        name="against",
-        value=nulls[0],
-        bind=alt.binding_select(options=nulls, name="Random with the same "),
-    )
+    null = menu("against", nulls, "Random with the same")
     names = list(first["name"])
     chosen = alt.selection_point(
         name="chosen_name", fields=["name"], value=[{"name": start}], on="click", empty=False,
@@ -321,16 +316,16 @@ def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMix
         "A grid of layers and heads: how many directions share σ², against random matrices, and "
         f"below it all singular values of the chosen head with the random band. {title}."
     )
-    grid = _grid(heads, chosen)
+    grid = _flatness_grid(heads, chosen)
     chart = alt.vconcat(grid, _spectrum(bands, chosen), spacing=16).add_params(null)
-    return finish(chart, title, description)
+    return finish(chart, title, description, digits=3)
 
 
-def _grid(heads: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
+def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
     many = heads["layer"].nunique() > 12
     columns = ["null", "layer", "head", "name", "ours", "random", "change", "verdict"]
     base = (
-        alt.Chart(rounded(heads[columns], 3))
+        alt.Chart(heads[columns])
         .transform_filter("datum.null === against")
         .encode(
             alt.X("head:O").title("head").axis(labelAngle=0),
@@ -363,12 +358,12 @@ def _spectrum(bands: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
         .transform_filter(chosen)
         .encode(
             alt.X("k:Q").title("k, singular values in descending order").axis(tickMinStep=1),
-            tooltip=["name:N", "k:Q", *(alt.Tooltip(f"{v}:Q", format=".3f") for v in values)],
+            tooltip=["name:N", "k:Q", *tooltips(*values)],
         )
     )
     y = alt.Y("sigma:Q").title("σ ÷ its root mean square")
-    band = base.mark_area(opacity=0.3, color="#808080").encode(alt.Y("low:Q"), alt.Y2("high:Q"))
-    line = base.mark_line(color="#0072B2", point=alt.OverlayMarkDef(filled=True, size=30))
+    band = base.mark_area(opacity=0.3, color=COLOURS[5]).encode(alt.Y("low:Q"), alt.Y2("high:Q"))
+    line = base.mark_line(color=COLOURS[0], point=alt.OverlayMarkDef(filled=True, size=30))
     return alt.layer(band, line.encode(y)).properties(width=380, height=210)
 
 
@@ -388,16 +383,16 @@ def published_flatness(points: pd.DataFrame, random: pd.DataFrame) -> alt.TopLev
     )
     place = alt.Y("row:N").sort(rows).title(None).axis(labelLimit=170)
     chart = alt.layer(*_random_bands(random, place), *_points(points, rows, place))
-    return finish(chart.properties(width=330, height=alt.Step(62)), title, description)
+    return finish(chart.properties(width=330, height=alt.Step(62)), title, description, digits=3)
 
 
 def _random_bands(random: pd.DataFrame, place: alt.Y) -> tuple[alt.Chart, alt.Chart]:
-    base = alt.Chart(rounded(random.assign(text="random, " + random["measure"]), 3)).encode(
+    base = alt.Chart(random.assign(text="random, " + random["measure"])).encode(
         place,
-        tooltip=["text:N", *(alt.Tooltip(f"{end}:Q", format=".1%") for end in ("low", "high"))],
+        tooltip=["text:N", *tooltips("low", "high", form=".1%")],
     )
     x = alt.X("low:Q").scale(domain=[0, 1.1]).axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
-    bars = base.mark_bar(height=34, color="#808080", opacity=0.45).encode(
+    bars = base.mark_bar(height=34, color=COLOURS[5], opacity=0.45).encode(
         x.title("participation ratio ÷ r"), alt.X2("high:Q")
     )
     return bars, base.mark_text(dy=-26, fontSize=11).encode(alt.X("high:Q"), text="measure:N")
@@ -408,7 +403,7 @@ def _points(points: pd.DataFrame, rows: list[str], place: alt.Y) -> tuple[alt.Ch
     labelled = points.assign(
         label=points["name"].where(points["row"] == rows[-1], ""), offset=order % 2 * 24 - 12
     )
-    base = alt.Chart(rounded(labelled, 3)).encode(alt.X("share:Q"), place)
+    base = alt.Chart(labelled).encode(alt.X("share:Q"), place)
     dots = base.mark_point(size=45, opacity=0.9).encode(
         alt.Color("row:N").sort(rows).legend(None),
         alt.Shape("row:N").sort(rows).legend(None),

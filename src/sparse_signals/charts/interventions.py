@@ -1,20 +1,26 @@
 """Charts of chapter 5: what interventions on edges do, one at a time and together."""
 
-from collections.abc import Sequence
-
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from sparse_signals.charts.style import HIGHLIGHT, WIDTH, diverging, finish
+from sparse_signals.charts.style import (
+    HIGHLIGHT,
+    WIDTH,
+    distinct,
+    diverging,
+    finish,
+    menu,
+    tooltips,
+)
 
-MEASURES = {
+CHANGES = {
     "score_change": "change of the reader's score",
     "attention_change": "change of the reader's attention",
     "F_change": "change of logit(IO) − logit(S)",
 }
 FRAME = (-1.0, 3.0)  # ratios beyond are drawn at the edge
-KEPT = {
+ROOT_MEASURES = {
     "score": "score of the root",
     "attention": "attention of the root",
     "F": "logit(IO) − logit(S)",
@@ -37,7 +43,7 @@ def together(table: pd.DataFrame) -> alt.TopLevelMixin:
         alt.X("value:Q").title("loss of logit(IO) − logit(S)").scale(zero=True),
         colour,
         alt.Shape("kind:N").title("ablated").scale(domain=kinds),
-        tooltip=["edge:N", "kind:N", *numbers("value", "low", "high")],
+        tooltip=["edge:N", "kind:N", *tooltips("value", "low", "high")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
     chart = (line_at("x") + rules + points).add_params(pick)
@@ -57,14 +63,14 @@ def together(table: pd.DataFrame) -> alt.TopLevelMixin:
 def sweep_dots(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Every pooled edge changed alone beside its controls; menus for scope, mode and measure.
 
-    The table of `counterparts.summed_up`: edge, scope, mode, control ("signal", "random", "other
+    The table of `published.summed_up`: edge, scope, mode, control ("signal", "random", "other
     prompt"; others are left out), measure, value, low, high, prompts.
     """
     controls = ["signal", "random", "other prompt"]
     columns = ["edge", "scope", "mode", "control", "measure", "value", "low", "high", "prompts"]
-    table = table[table["control"].isin(controls) & table["measure"].isin(MEASURES)][columns]
+    table = table[table["control"].isin(controls) & table["measure"].isin(CHANGES)][columns]
     pick = [menu("scope", ["local", "global"]), menu("mode", ["ablate", "boost"]),
-            menu("measure", list(MEASURES), list(MEASURES.values()))]  # fmt: skip
+            menu("measure", CHANGES)]  # fmt: skip
     chosen = "datum.scope == scope && datum.mode == mode && datum.measure == measure"
     base = alt.Chart(table).transform_filter(chosen).encode(
         alt.Y("edge:N").title(None).sort(distinct(table["edge"])),
@@ -75,7 +81,7 @@ def sweep_dots(table: pd.DataFrame) -> alt.TopLevelMixin:
         alt.X("value:Q").title("mean change").scale(zero=True),
         colour,
         alt.Shape("control:N").title("what is changed").scale(domain=controls),
-        tooltip=["edge:N", "control:N", *numbers("value", "low", "high"), "prompts:Q"],
+        tooltip=["edge:N", "control:N", *tooltips("value", "low", "high"), "prompts:Q"],
     )
     rules = base.mark_rule(strokeWidth=1.5).encode(colour, x="low:Q", x2="high:Q")
     chart = (line_at("x") + rules + points).add_params(*pick)
@@ -109,15 +115,15 @@ def effects_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
     mark = alt.selection_point(fields=["edge"], bind=names, on="click", empty=False)
     base = alt.Chart(table).transform_filter("datum.trace == trace")
-    x = alt.X("reader:Q").title(MEASURES["attention_change"])
-    y = alt.Y("answer:Q").title(MEASURES["F_change"])
+    x = alt.X("reader:Q").title(CHANGES["attention_change"])
+    y = alt.Y("answer:Q").title(CHANGES["F_change"])
     pale = alt.when(mark).then(alt.value(1)).otherwise(alt.value(0.35))
     points = base.mark_point(filled=True, strokeWidth=3).encode(
         x,
         y,
         stroke=alt.when(mark).then(alt.value(HIGHLIGHT)).otherwise(alt.value(None)),
         size=alt.when(mark).then(alt.value(220)).otherwise(alt.value(60)),
-        tooltip=["edge:N", *numbers("reader", "answer", "answer_low", "answer_high")],
+        tooltip=["edge:N", *tooltips("reader", "answer", "answer_low", "answer_high")],
     )
     across = base.mark_rule().encode(x="reader_low:Q", x2="reader_high:Q", y="answer:Q",
                                      opacity=pale)  # fmt: skip
@@ -172,7 +178,7 @@ def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
         alt.X("ratio:Q").title("joint effect ÷ sum of single effects").scale(domain=FRAME),
         colour.legend(orient="bottom"),
         alt.Shape("source:N").title(None).scale(domain=sources),
-        tooltip=["experiment:N", "source:N", *numbers("ratio", "low", "high")],
+        tooltip=["experiment:N", "source:N", *tooltips("ratio", "low", "high")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
     ours = table[table["low"].notna() & (table["scope"] == "global")]
@@ -189,35 +195,10 @@ def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-# --- parts ---------------------------------------------------------------------------------------
-
-
-def menu(
-    name: str, options: Sequence[str], labels: Sequence[str] | None = None, radio: bool = False
-) -> alt.Parameter:
-    """A menu or radio buttons for a parameter, open on the first option."""
-    kind = alt.binding_radio if radio else alt.binding_select
-    words = {"labels": list(labels)} if labels else {}
-    bind = kind(options=list(options), name=f"{name} ", **words)
-    if len(options) == 1:  # nothing to choose
-        return alt.param(name=name, value=options[0])
-    return alt.param(name=name, value=options[0], bind=bind)
-
-
 def line_at(axis: str, at: float = 0.0) -> alt.Chart:
     """A dashed line across the chart."""
     line = alt.Chart(pd.DataFrame({"line": [at]})).mark_rule(strokeDash=[4, 4], opacity=0.6)
     return line.encode(**{axis: "line:Q"})
-
-
-def numbers(*columns: str) -> list[alt.Tooltip]:
-    """Numbers of a tooltip."""
-    return [alt.Tooltip(f"{name}:Q", format=".3f") for name in columns]
-
-
-def distinct(values: pd.Series) -> list[str]:
-    """Different values in the order in which they come."""
-    return list(dict.fromkeys(values))
 
 
 def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
@@ -225,13 +206,14 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
 
     Columns: root, first, second (names of edges), value, low, high.
     """
-    table = table.assign(clear=np.where(_clear(table), "yes", "no"))
+    clear = (table["low"] > NOISE) | (table["high"] < -NOISE)
+    table = table.assign(clear=np.where(clear, "yes", "no"))
     roots = distinct(table["root"])
     pick = menu("root", roots)
     base = alt.Chart(table).transform_filter("datum.root == root").encode(
         alt.X("second:N").title(None).sort(None).axis(labelAngle=-40),
         alt.Y("first:N").title(None).sort(None),
-        tooltip=["first:N", "second:N", *numbers("value", "low", "high")],
+        tooltip=["first:N", "second:N", *tooltips("value", "low", "high")],
     )  # fmt: skip
     squares = base.mark_rect(strokeWidth=3).encode(
         alt.Color("value:Q").title("interaction").scale(diverging(table["value"])),
@@ -257,16 +239,12 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-def _clear(table: pd.DataFrame) -> pd.Series:
-    return (table["low"] > NOISE) | (table["high"] < -NOISE)
-
-
 def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     """What is left after each knock-out, norms frozen or not; a menu for the measure.
 
     Columns: circuit, scales, round, measure, value, low, high.
     """
-    pick = menu("measure", list(KEPT), list(KEPT.values()))
+    pick = menu("measure", ROOT_MEASURES)
     name, kinds = "scales of the normalisation", distinct(table["scales"])
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.X("round:O").title("paths knocked out").axis(labelAngle=0),
@@ -276,7 +254,7 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     points = base.mark_point(filled=True, size=60).encode(
         alt.Y("value:Q").title("mean").scale(zero=True),
         alt.Shape("scales:N").title(name).scale(domain=kinds).legend(symbolOpacity=1),
-        tooltip=["scales:N", "round:O", *numbers("value", "low", "high")],
+        tooltip=["scales:N", "round:O", *tooltips("value", "low", "high")],
     )
     rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
     chart = (
@@ -288,8 +266,8 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
     first = table[(table["round"] == 1) & (table["measure"] == "returned")]
     said = [
-        f"{row.circuit} ({row.scales}) {_whole(row.value)}\xa0% [{_whole(row.low)}, "
-        f"{_whole(row.high)}]"
+        f"{row.circuit} ({row.scales}) {round(100 * row.value)}\xa0% "
+        f"[{round(100 * row.low)}, {round(100 * row.high)}]"
         for row in first.itertuples()
     ]
     return finish(
@@ -299,10 +277,6 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
         "difference after no, one and two paths are knocked out, with the scales of the "
         "normalisation recomputed or frozen. A menu chooses the measure.",
     )
-
-
-def _whole(share: float) -> int:
-    return round(100 * share)
 
 
 def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -> alt.TopLevelMixin:
@@ -329,7 +303,7 @@ def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -
     points = base.mark_point(filled=True, size=45, opacity=1).encode(
         alt.Y("value:Q").title("0: as with all edges closed, 1: the model"),
         alt.Shape("method:N").title("edges ranked by").scale(domain=kinds).legend(symbolOpacity=1),
-        tooltip=["method:N", "size:Q", *numbers("value", "low", "high")],
+        tooltip=["method:N", "size:Q", *tooltips("value", "low", "high")],
     )
     goal = line_at("y", level) + line_at("y", 2 - level)
     return finish(

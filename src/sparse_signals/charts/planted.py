@@ -5,24 +5,29 @@ from math import floor
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.attention import percent
 from sparse_signals.charts.graph import NODE
-from sparse_signals.charts.style import COLOURS, HIGHLIGHT, WIDTH, finish
-from sparse_signals.core.numbers import rounded
+from sparse_signals.charts.style import (
+    COLOURS,
+    HIGHLIGHT,
+    SIDE_WORDS,
+    WIDTH,
+    distinct,
+    finish,
+    menu,
+    tooltips,
+)
+from sparse_signals.core.numbers import percent
 
-COLUMNS = ("S1", "S1+1", "S2", "IO", "end")
-SIDES = {"dest": "destination", "src": "source"}
-WORDS = {"embedding": "word", "position": "place"}
-SHOWN = "datum.circuit === circuit"
+PLANTED_ROLES = ("S1", "S1+1", "S2", "IO", "end")
+INPUT_WORDS = {"embedding": "word", "position": "place"}
+THIS_CIRCUIT = "datum.circuit === circuit"
 HALF_X, HALF_Y, APART = 0.21, 0.15, 0.47  # size of a node, and from one node of a cell to the next
-FATES = ("found", "lost by the cut", "cut off by silence", "reader silent")
-SHADES = alt.Scale(domain=FATES, range=[COLOURS[0], HIGHLIGHT, COLOURS[1], "#909090"])
-
-
-def menu(name: str, options: list[str], label: str, start: str | None = None) -> alt.Parameter:
-    """A parameter that a list below the chart sets; at first `start`, or the first option."""
-    binding = alt.binding_select(options=options, name=label)
-    return alt.param(name=name, value=start or options[0], bind=binding)
+FATE_COLOURS = {  # in the order in which bars are stacked
+    "found": COLOURS[0],
+    "lost by the cut": HIGHLIGHT,
+    "cut off by silence": COLOURS[1],
+    "reader silent": "#909090",
+}
 
 
 def planted_circuits(
@@ -32,19 +37,20 @@ def planted_circuits(
 
     `edges`: circuit, upstream, role, side, reader, at. `decoys`: circuit, reader, at.
     """
-    nodes = _nodes(edges, decoys)
-    names = list(dict.fromkeys(edges["circuit"]))
-    chosen = menu("circuit", names, "Circuit ", start)
+    nodes = _planted_nodes(edges, decoys)
+    names = distinct(edges["circuit"])
+    chosen = menu("circuit", names, "Circuit", start=start)
     x = alt.X("x:Q").title("token at which a component writes").axis(
-        values=list(range(len(COLUMNS))), labelExpr=f"{list(COLUMNS)}[datum.value]", grid=False
-    ).scale(domain=[-0.5, len(COLUMNS) + 0.25], nice=False)  # fmt: skip
+        values=list(range(len(PLANTED_ROLES))), grid=False,
+        labelExpr=f"{list(PLANTED_ROLES)}[datum.value]",
+    ).scale(domain=[-0.5, len(PLANTED_ROLES) + 0.25], nice=False)  # fmt: skip
     top = int(nodes["y"].max())
     layers = "datum.value < 0 ? 'input' : format(datum.value, 'd')"
     y = alt.Y("y:Q").title("layer").axis(
         values=list(range(-1, top + 1)), labelExpr=layers
     ).scale(domain=[-1.4, top + 0.4], nice=False)  # fmt: skip
     width, height = WIDTH - 150, 62 * (top + 2)
-    chart = alt.layer(_arrows(edges, nodes, x, y), *_boxes(nodes, x, y))
+    chart = alt.layer(_arrows(edges, nodes, x, y), *_planted_boxes(nodes, x, y))
     chart = chart.add_params(chosen)
     counts = edges.groupby("circuit", sort=False).size()
     title = f"What is planted: {', '.join(f'{n} edges ({name})' for name, n in counts.items())}"
@@ -56,7 +62,7 @@ def planted_circuits(
     return finish(chart.properties(width=width, height=height), title, description)
 
 
-def _nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
+def _planted_nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
     """One row per box: circuit, name, role, x, y, decoy; boxes of a cell stand in a row."""
     ends = [
         edges[["circuit", "upstream", "role"]].set_axis(["circuit", "name", "role"], axis=1),
@@ -69,8 +75,8 @@ def _nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
     order = ["circuit", "y", "role", "decoy", "name"]
     nodes = nodes.sort_values(order).reset_index(drop=True)
     offset = nodes.groupby(["circuit", "y", "role"]).cumcount()  # the first stands in its column
-    nodes["x"] = nodes["role"].map(COLUMNS.index) + APART * offset
-    return nodes.assign(label=nodes["name"].replace(WORDS))
+    nodes["x"] = nodes["role"].map(PLANTED_ROLES.index) + APART * offset
+    return nodes.assign(label=nodes["name"].replace(INPUT_WORDS))
 
 
 def _arrows(edges: pd.DataFrame, nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
@@ -82,12 +88,16 @@ def _arrows(edges: pd.DataFrame, nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> alt
         passes = edge.role == edge.at and edge.upstream[0].isdigit() and y1 - y0 > 1
         bend = 0.35 if passes else 0.0
         points = [(x0, y0 + HALF_Y), ((x0 + x1) / 2 + bend, (y0 + y1) / 2), (x1, y1 - HALF_Y)]
-        ends = f"{edge.upstream} at {edge.role}", f"{edge.reader} at {edge.at}", SIDES[edge.side]
+        ends = (
+            f"{edge.upstream} at {edge.role}",
+            f"{edge.reader} at {edge.at}",
+            SIDE_WORDS[edge.side],
+        )
         rows += [(edge.circuit, n, k, *ends, *point) for k, point in enumerate(points)]
     names = ["circuit", "edge", "step", "writer", "reader", "side", "x", "y"]
     side = {"title": "writes at the reader's", "legend": alt.Legend(orient="top", symbolSize=400)}
-    table = rounded(pd.DataFrame(rows, columns=names))
-    lines = alt.Chart(table).transform_filter(SHOWN)
+    table = pd.DataFrame(rows, columns=names)
+    lines = alt.Chart(table).transform_filter(THIS_CIRCUIT)
     return lines.mark_line(interpolate="catmull-rom", strokeWidth=2).encode(
         x, y, alt.Detail("edge:N"), alt.Order("step:Q"), alt.Color("side:N", **side),
         alt.StrokeDash("side:N", scale=alt.Scale(range=[[1, 0], [5, 3]]), **side),
@@ -95,13 +105,13 @@ def _arrows(edges: pd.DataFrame, nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> alt
     )  # fmt: skip
 
 
-def _boxes(nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+def _planted_boxes(nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     table = nodes.assign(
         left=nodes["x"] - HALF_X, right=nodes["x"] + HALF_X,
         low=nodes["y"] - HALF_Y, high=nodes["y"] + HALF_Y,
         part=nodes["decoy"].map({True: "a decoy", False: "of the circuit"}),
     )  # fmt: skip
-    base = alt.Chart(rounded(table)).transform_filter(SHOWN)
+    base = alt.Chart(table).transform_filter(THIS_CIRCUIT)
     boxes = [
         base.transform_filter(which).mark_rect(cornerRadius=4, stroke=NODE, **look).encode(
             alt.X("left:Q"), alt.X2("right:Q"), alt.Y("low:Q"), alt.Y2("high:Q"),
@@ -119,16 +129,16 @@ def _boxes(nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     return [*boxes, labels]
 
 
-def planted_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
+def attention_squares(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Attention of the planted heads on one prompt each; a menu chooses the head.
 
     `table`: head ("inhibition: 0.0"), dest, src, target (dest), source (labels), attention,
     planted (bool: the circuit needs this pair).
     """
-    chosen = menu("shown", list(dict.fromkeys(table["head"])), "Head ")
+    chosen = menu("shown", distinct(table["head"]), "Head")
     least = table.loc[table["planted"], "attention"].min()
     table = table.assign(attention=table["attention"].round(3))
-    base = alt.Chart(rounded(table)).transform_filter("datum.head === shown").encode(
+    base = alt.Chart(table).transform_filter("datum.head === shown").encode(
         alt.X("source:N").sort(alt.EncodingSortField("src", op="min")).title("source")
         .axis(labelAngle=-50),
         alt.Y("target:N").sort(alt.EncodingSortField("dest", op="min")).title("destination"),
@@ -156,7 +166,7 @@ def scoreboard(table: pd.DataFrame) -> alt.TopLevelMixin:
 
     `table`: method, edges, circuit, precision, recall, and both with _low and _high.
     """
-    kinds, methods = (list(dict.fromkeys(table[c])) for c in ("edges", "method"))
+    kinds, methods = (distinct(table[c]) for c in ("edges", "method"))
     panels = [_board(table, rate, methods) for rate in ("precision", "recall")]
     panels[1] = panels[1].encode(alt.Y("method:N").axis(None).sort(methods))
     first = table[table["edges"] == kinds[0]].groupby("method", sort=False)
@@ -164,20 +174,21 @@ def scoreboard(table: pd.DataFrame) -> alt.TopLevelMixin:
         name for name, rows in first if rows[["precision", "recall"]].min(axis=None) == 1
     ]  # fmt: skip
     return finish(
-        alt.hconcat(*panels, spacing=14).add_params(menu("counted", kinds, "Count ")),
+        alt.hconcat(*panels, spacing=14).add_params(menu("counted", kinds, "Count")),
         f"Without noise, found exactly in every circuit ({kinds[0]}): "
         f"{', '.join(perfect) or 'none'}",
         "Two tables side by side, precision and recall: a row per method, a column per planted "
         "circuit, each cell shaded by its value. A menu chooses which edges count.",
         "Precision and recall of all seeds together; the worst and best seed show at the pointer.",
+        digits=3,
     )
 
 
 def _board(table: pd.DataFrame, rate: str, methods: list[str]) -> alt.LayerChart:
-    tips = [alt.Tooltip(f"{rate}{end}:Q", format=".2f") for end in ("", "_low", "_high")]
-    base = alt.Chart(rounded(table, 3)).transform_filter("datum.edges === counted").encode(
+    tips = tooltips(rate, f"{rate}_low", f"{rate}_high", form=".2f")
+    base = alt.Chart(table).transform_filter("datum.edges === counted").encode(
         alt.Y("method:N").title(None).sort(methods),
-        alt.X("circuit:N").title(None).sort(list(dict.fromkeys(table["circuit"])))
+        alt.X("circuit:N").title(None).sort(distinct(table["circuit"]))
         .axis(labelAngle=-40, domain=False, ticks=False),
         tooltip=["method:N", "circuit:N", *tips],
     )  # fmt: skip
@@ -196,9 +207,9 @@ def noise_curves(scores: pd.DataFrame, fates: pd.DataFrame) -> alt.TopLevelMixin
     `fates`: circuit, noise, fate, share, accuracy. Menus choose circuit and edges, a click on a
     line (or the menu) a method.
     """
-    names, kinds, methods = (list(dict.fromkeys(scores[c])) for c in ("circuit", "edges", "method"))
+    names, kinds, methods = (distinct(scores[c]) for c in ("circuit", "edges", "method"))
     only = _one_of(methods)
-    filtered = alt.Chart(rounded(scores, 3)).transform_filter(
+    filtered = alt.Chart(scores).transform_filter(
         "datum.circuit === circuit && datum.edges === counted"
     )
     panels = [_rate(filtered, rate, methods, only) for rate in ("precision", "recall")]
@@ -215,9 +226,9 @@ def noise_curves(scores: pd.DataFrame, fates: pd.DataFrame) -> alt.TopLevelMixin
         "tracing. Squares: prompts that the model answers."
     )
     chart = alt.vconcat(*panels, _fate_bars(fates), spacing=10)
-    chart = chart.add_params(menu("circuit", names, "Circuit "), menu("counted", kinds, "Count "))
+    chart = chart.add_params(menu("circuit", names, "Circuit"), menu("counted", kinds, "Count"))
     chart = chart.resolve_scale(color="independent", strokeDash="independent")
-    return finish(chart, title, description, notes)
+    return finish(chart, title, description, notes, digits=3)
 
 
 def _one_of(methods: list[str]) -> alt.Parameter:
@@ -247,7 +258,7 @@ def _rate(
         alt.Y(f"{rate}:Q"), alt.StrokeDash("method:N", **scale), strokeOpacity=lit,
         strokeWidth=width,
     )  # fmt: skip
-    tips = [alt.Tooltip(f"{rate}{end}:Q", format=".2f") for end in ("", "_low", "_high")]
+    tips = tooltips(rate, f"{rate}_low", f"{rate}_high", form=".2f")
     dots = base.mark_circle(size=50, cursor="pointer").encode(
         alt.Y(f"{rate}:Q"), opacity=lit, tooltip=["method:N", "noise:Q", *tips]
     )
@@ -260,13 +271,14 @@ def _noise_axis(title: str | None = None, labels: bool = True) -> alt.X:
 
 
 def _fate_bars(fates: pd.DataFrame) -> alt.LayerChart:
-    table = rounded(fates.assign(order=fates["fate"].map(FATES.index)), 3)
-    base = alt.Chart(table).transform_filter("datum.circuit === circuit")
+    table = fates.assign(order=fates["fate"].map(list(FATE_COLOURS).index))
+    scale = alt.Scale(domain=list(FATE_COLOURS), range=list(FATE_COLOURS.values()))
+    base = alt.Chart(table).transform_filter(THIS_CIRCUIT)
     base = base.encode(_noise_axis("noise, in units of the size of the weights"))
     legend = alt.Legend(orient="bottom", columns=4)
     bars = base.mark_bar(size=18).encode(
         alt.Y("share:Q").title("share").axis(format="%").scale(domain=[0, 1]),
-        alt.Color("fate:N").scale(SHADES).legend(legend).title(None),
+        alt.Color("fate:N").scale(scale).legend(legend).title(None),
         alt.Order("order:Q"), tooltip=["noise:Q", "fate:N", alt.Tooltip("share:Q", format=".0%")],
     )  # fmt: skip
     line = base.mark_line(stroke="currentColor", strokeDash=[3, 3], point={
@@ -296,9 +308,9 @@ def cut_curves(table: pd.DataFrame, noise: float, usual: float = 0.7) -> alt.Top
 
     `table`: circuit, method, share, precision, recall, all at one level of noise.
     """
-    names, methods = (list(dict.fromkeys(table[c])) for c in ("circuit", "method"))
+    names, methods = (distinct(table[c]) for c in ("circuit", "method"))
     scale = {"scale": alt.Scale(domain=methods), "title": None}
-    base = alt.Chart(rounded(table, 3)).transform_filter("datum.circuit === circuit").encode(
+    base = alt.Chart(table).transform_filter(THIS_CIRCUIT).encode(
         alt.X("recall:Q").scale(zero=False, padding=12).title("recall (all edges)"),
         alt.Y("precision:Q").scale(zero=False, padding=12).title("precision (all edges)"),
         alt.Color("method:N", **scale),
@@ -306,20 +318,21 @@ def cut_curves(table: pd.DataFrame, noise: float, usual: float = 0.7) -> alt.Top
     line = base.mark_line().encode(
         alt.Order("share:Q"), strokeDash=alt.StrokeDash("method:N", **scale)
     )
-    tips = [alt.Tooltip(f"{c}:Q", format=".2f") for c in ("share", "precision", "recall")]
+    tips = tooltips("share", "precision", "recall", form=".2f")
     size = alt.condition(f"datum.share === {usual:g}", alt.value(170), alt.value(50))
     dots = base.mark_point(filled=True, opacity=1).encode(
         alt.Shape("method:N", **scale), size=size, tooltip=["method:N", *tips]
     )
     texts = base.mark_text(align="left", dx=8, dy=-6, fontSize=11).encode(text="share:N")
     texts = texts.transform_filter(f"datum.method === '{methods[0]}'")
-    chart = alt.layer(line, dots, texts).add_params(menu("circuit", names, "Circuit "))
+    chart = alt.layer(line, dots, texts).add_params(menu("circuit", names, "Circuit"))
     return finish(
         chart.properties(width=WIDTH - 160, height=280),
         _cut_title(table[table["circuit"] == names[0]], methods[0], noise, usual),
         "Line chart of precision against recall. Each line is a method, each point a cut, from the "
         f"loosest to the strictest; the large point is the usual cut, {usual:g}. A menu chooses "
         "the circuit.",
+        digits=3,
     )
 
 

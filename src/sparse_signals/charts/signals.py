@@ -3,13 +3,13 @@
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.style import WIDTH, finish
+from sparse_signals.charts.style import WIDTH, distinct, finish, menu, tooltips
 
 IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
-KINDS = ["a name", "another word"]
+TOKEN_KINDS = ["a name", "another word"]
 SEPARATOR = "\t"  # no token holds it
 HATCH = alt.Opacity("chosen:O").scale(domain=["in the support", "left out"], range=[1, 0.45])
-MEASURES = {
+SPARSITY_MEASURES = {
     "participation": "participation ratio of |p|",
     "ninety": "slices holding 90 % of Σ|p|",
     "settled": "slices until the sum stays within 10 %",
@@ -105,9 +105,8 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
     """
     table = table.rename(columns={"support": "size"})
     table = table.groupby(["name", "pairs", "size"]).size().rename("count").reset_index()
-    heads, cell = list(dict.fromkeys(table["name"])), alt.X("size:Q").title("size of the support")
-    menu = {"name": alt.binding_select(options=heads, name="head ")}
-    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
+    heads, cell = distinct(table["name"]), alt.X("size:Q").title("size of the support")
+    pick = _chosen_head(heads)
     means = table.assign(total=table["size"] * table["count"]).groupby(
         ["name", "pairs"], sort=False
     )
@@ -136,14 +135,19 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
 
 
+def _chosen_head(heads: list[str]) -> alt.Parameter:
+    """One head, chosen by a click or by a menu."""
+    menu = {"name": alt.binding_select(options=heads, name="head ")}
+    return alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
+
+
 def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:
     """How often each singular pair is in the support, per head; click a head for its profile.
 
     Columns: name, k, pairs ("firing", "silent"), share (of pairs whose support has k).
     """
-    heads = list(dict.fromkeys(table["name"]))
-    menu = {"name": alt.binding_select(options=heads, name="head ")}
-    pick = alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
+    heads = distinct(table["name"])
+    pick = _chosen_head(heads)
     grid = alt.Chart(table).transform_filter("datum.pairs == 'firing'").mark_rect().encode(
         alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
         alt.Y("name:N").title("head").sort(heads),
@@ -177,13 +181,13 @@ def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelM
     order = table.sort_values("mean", ascending=False)["token"].tolist()
     base = alt.Chart(table).encode(
         alt.Y("token:N").title(None).sort(order),
-        alt.Color("kind:N").title("token is").scale(domain=KINDS),
+        alt.Color("kind:N").title("token is").scale(domain=TOKEN_KINDS),
     )
     points = base.mark_point(filled=True, size=60).encode(
         alt.X("mean:Q").title(
             "what the typical destination hears, in softmax units (mean, middle 80 %)"
         ),
-        alt.Shape("kind:N").title("token is").scale(domain=KINDS),
+        alt.Shape("kind:N").title("token is").scale(domain=TOKEN_KINDS),
         tooltip=["token:N", "kind:N", alt.Tooltip("mean:Q", format=".2f")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
@@ -236,30 +240,33 @@ def measure_intervals(table: pd.DataFrame) -> alt.TopLevelMixin:
 
     Columns: basis, pairs, measure, value, low, high.
     """
-    options = [name for name in MEASURES if name in set(table["measure"])]
-    labels = [MEASURES[name] for name in options]
-    menu = alt.binding_select(options=options, labels=labels, name="measure ")
-    pick = alt.param(name="measure", value=options[0], bind=menu)
-    rows, kinds = list(dict.fromkeys(table["basis"])), list(dict.fromkeys(table["pairs"]))
+    measures = _measures(table)
+    pick, (measure, *_) = menu("measure", measures), measures
+    rows, kinds = distinct(table["basis"]), distinct(table["pairs"])
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
         alt.Y("basis:N").title(None).sort(rows), alt.YOffset("pairs:N").sort(kinds),
         alt.Color("pairs:N").title("pairs").scale(domain=kinds),
     )  # fmt: skip
-    tooltip = ["basis:N", "pairs:N", *(alt.Tooltip(f"{c}:Q", format=".2f")
-                                       for c in ("value", "low", "high"))]  # fmt: skip
+    tooltip = ["basis:N", "pairs:N", *tooltips("value", "low", "high", form=".2f")]
     points = base.mark_point(filled=True, size=80).encode(
         alt.X("value:Q").title("slices (mean over pairs, 95 % interval)").scale(zero=True),
         alt.Shape("pairs:N").title("pairs").scale(domain=kinds), tooltip=tooltip,
     )  # fmt: skip
     chart = (base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q") + points).add_params(pick)
-    first = table[table["measure"] == options[0]].set_index(["pairs", "basis"])["value"]
+    first = table[table["measure"] == measure].set_index(["pairs", "basis"])["value"]
     best = first[kinds[0]].idxmin()
     return finish(
         chart.properties(width=WIDTH - 180, height=alt.Step(14)),
-        f"By {MEASURES[options[0]]}, the sparsest code of {kinds[0]} pairs is: {best}",
+        f"By {measures[measure]}, the sparsest code of {kinds[0]} pairs is: {best}",
         "Dot plot with intervals. Rows are bases and null models, colours and shapes the kind of "
         "pairs; a menu chooses one of four measures of sparsity.",
     )
+
+
+def _measures(table: pd.DataFrame) -> dict[str, str]:
+    """The measures that the table has, and what they are called."""
+    found = set(table["measure"])
+    return {name: label for name, label in SPARSITY_MEASURES.items() if name in found}
 
 
 def head_differences(table: pd.DataFrame, most: int = 40) -> alt.TopLevelMixin:
@@ -272,32 +279,22 @@ def head_differences(table: pd.DataFrame, most: int = 40) -> alt.TopLevelMixin:
     verdict = verdict.mask(table["high"] < 0, "SVD sparser").mask(table["low"] > 0, "null sparser")
     table = table.assign(verdict=verdict)
     shown = table[table["name"].isin(busiest)]
-    nulls, names = (
-        list(dict.fromkeys(table["null"])),
-        [x for x in MEASURES if x in set(table["measure"])],
-    )
-    labels = [MEASURES[name] for name in names]
-    picks = [
-        alt.param(name="against", value=nulls[0],
-                  bind=alt.binding_select(options=nulls, name="against ")),
-        alt.param(name="measured", value=names[0],
-                  bind=alt.binding_select(options=names, labels=labels, name="measure ")),
-    ]  # fmt: skip
+    nulls, measures = distinct(table["null"]), _measures(table)
+    picks = [menu("against", nulls), menu("measured", measures, "measure")]
     kinds = ["SVD sparser", "unclear", "null sparser"]
     base = alt.Chart(shown).transform_filter("datum.null == against && datum.measure == measured")
     base = base.encode(
-        alt.Y("name:N").title("head").sort(list(dict.fromkeys(shown["name"]))),
+        alt.Y("name:N").title("head").sort(distinct(shown["name"])),
         alt.Color("verdict:N").title("95 % interval").scale(domain=kinds),
     )
-    tooltip = ["name:N", "pairs:Q", *(alt.Tooltip(f"{c}:Q", format=".2f")
-                                      for c in ("difference", "low", "high"))]  # fmt: skip
+    tooltip = ["name:N", "pairs:Q", *tooltips("difference", "low", "high", form=".2f")]
     points = base.mark_point(filled=True, size=60).encode(
         alt.X("difference:Q").title("SVD minus null, in slices"),
         alt.Shape("verdict:N").title("95 % interval").scale(domain=kinds), tooltip=tooltip,
     )  # fmt: skip
     rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(x="zero:Q")
-    first = table[(table["null"] == nulls[0]) & (table["measure"] == names[0])]
+    first = table[(table["null"] == nulls[0]) & (table["measure"] == next(iter(measures)))]
     clear = (first["verdict"] == kinds[0]).sum()
     return finish(
         (zero + rules + points)
@@ -312,7 +309,7 @@ def head_differences(table: pd.DataFrame, most: int = 40) -> alt.TopLevelMixin:
 
 def captured(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Share of the score in the n largest slices. Columns: basis, n, share, low, high."""
-    names = list(dict.fromkeys(table["basis"]))
+    names = distinct(table["basis"])
     base = alt.Chart(table).encode(
         alt.X("n:Q").title("number of slices, largest |p| first"),
         alt.Color("basis:N").title("basis").scale(domain=names),

@@ -1,4 +1,4 @@
-"""The look of every chart, and the renderer that keeps its output small and reproducible.
+"""The look of every chart, its parts that are alike, and what keeps it small and reproducible.
 
 A chart function takes a tidy data frame and returns an Altair chart. It ends with `finish`,
 which gives the chart its title (the finding) and its description (for screen readers).
@@ -7,14 +7,14 @@ which gives the chart its title (the finding) and its description (for screen re
 import json
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 import numpy as np
+import pandas as pd
 
-from sparse_signals.core.numbers import round_significant, rounded_everywhere
+from sparse_signals.core.numbers import round_significant, rounded, rounded_everywhere
 
 # JupyterLab 4 draws this type and knows no later one; the site draws it with Vega-Lite 6.
 MIME = "application/vnd.vegalite.v5+json"
@@ -31,9 +31,10 @@ HIGHLIGHT = "#C2188B"
 
 INK = "currentColor"  # the text colour of the page, so that dark mode needs no second drawing
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
-AUTOMATIC = re.compile(r"\b(?P<kind>param|view|data)[_-](?:[0-9a-f]{16,32}|\d+)\b")
-KINDS = {"param": "param", "view": "view", "data": "table"}  # Vega-Lite keeps data_1 to itself
-TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
+TOKEN_STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
+SIDE_WORDS = {"dest": "destination", "src": "source"}
+DIGITS = 4  # significant digits of a chart's numbers
+AUTOMATIC = re.compile(r"\b(param|view|data)[_-](?:[0-9a-f]{16,32}|\d+)\b")
 
 
 @alt.theme.register("book", enable=True)
@@ -80,37 +81,102 @@ def colour_and_dash(field: str, title: str) -> dict[str, Any]:
     return {"color": alt.Color(field).title(title), "strokeDash": dash}
 
 
+def tooltips(*columns: str, form: str = ".3f") -> list[alt.Tooltip]:
+    """Numbers that show at the pointer, all in one format."""
+    return [alt.Tooltip(f"{name}:Q", format=form) for name in columns]
+
+
+def menu(
+    name: str,
+    options: Sequence[Any] | Mapping[Any, str],
+    label: str | None = None,
+    *,
+    start: Any = None,
+    radio: bool = False,
+) -> alt.Parameter:
+    """A parameter set by a menu or radio buttons, at first to `start` or to the first option.
+
+    `options` may map values to what the menu calls them. `label` stands before the menu.
+    """
+    value = next(iter(options)) if start is None else start
+    if len(options) == 1:  # nothing to choose
+        return alt.param(name=name, value=value)
+    labels = {"labels": list(options.values())} if isinstance(options, Mapping) else {}
+    binding = alt.binding_radio if radio else alt.binding_select
+    bind = binding(options=list(options), name=f"{label or name} ", **labels)
+    return alt.param(name=name, value=value, bind=bind)
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Different values in the order in which they come."""
+    return list(dict.fromkeys(values))
+
+
 def finish(
-    chart: alt.TopLevelMixin, title: str, description: str, subtitle: str | None = None
+    chart: alt.TopLevelMixin,
+    title: str,
+    description: str,
+    subtitle: str | None = None,
+    digits: int = DIGITS,
 ) -> alt.TopLevelMixin:
     """The chart with its title, which states the finding, and its description in plain words.
 
-    Titles are wrapped, since Vega does not wrap them. Raises ValueError when either is empty.
+    Titles are wrapped, since Vega does not wrap them. `digits`: significant digits of its data.
+    Raises ValueError when title or description is empty.
     """
     if not title.strip() or not description.strip():
         raise ValueError("a chart needs a title that states the finding, and a description")
     heading = {"text": textwrap.wrap(title, 70)}
     if subtitle:
         heading["subtitle"] = textwrap.wrap(subtitle, 85)
+    for part in _parts(chart):
+        if isinstance(part.data, pd.DataFrame):
+            part.data = part.data.copy(deep=False)  # the caller's table stays as it is
+            part.data.attrs["digits"] = digits
     return chart.properties(title=alt.TitleParams(**heading), description=description.strip())
+
+
+def _parts(chart: Any) -> Iterator[Any]:
+    """A chart and all charts in it."""
+    yield chart
+    for name in ("layer", "hconcat", "vconcat"):
+        for part in getattr(chart, name, []):
+            yield from _parts(part)
+    if isinstance(chart, alt.FacetChart):
+        yield from _parts(chart.spec)
+
+
+def inline(data: pd.DataFrame) -> dict[str, Any]:
+    """Altair data transformer "book": all rows, floats as `finish` says, or at four digits."""
+    return alt.to_values(rounded(data, data.attrs.get("digits", DIGITS)))
+
+
+alt.data_transformers.register("book", inline)
 
 
 def canonical(spec: dict[str, Any]) -> dict[str, Any]:
     """A Vega-Lite spec that depends on the chart alone, not on what was drawn before it.
 
-    Every float is rounded, in the data and in scales; data sets, views and parameters are
-    numbered as they appear.
+    Floats outside the data (in scales, say) are rounded. Data, views and parameters are numbered
+    as they appear: Altair names them by counters that it never resets, and views again when they
+    are combined, so that they cannot be named when a chart is made.
     """
-    spec = rounded_everywhere(spec | {"$schema": SCHEMA})
-    text = json.dumps(spec, ensure_ascii=False)
-    counts: Counter[str] = Counter()
     names: dict[str, str] = {}
-    for match in AUTOMATIC.finditer(text):
-        if match.group() not in names:
-            kind = KINDS[match["kind"]]
-            counts[kind] += 1
-            names[match.group()] = f"{kind}_{counts[kind]}"
-    return json.loads(AUTOMATIC.sub(lambda match: names[match.group()], text))
+
+    def numbered(name: re.Match[str]) -> str:
+        kind = name[1].replace("data", "table")  # Vega-Lite keeps data_1 to itself
+        number = 1 + sum(other.startswith(kind) for other in names.values())
+        return names.setdefault(name[0], f"{kind}_{number}")
+
+    parts = {key: x if key == "datasets" else rounded_everywhere(x) for key, x in spec.items()}
+    text = json.dumps(parts | {"$schema": SCHEMA}, ensure_ascii=False)
+    return json.loads(AUTOMATIC.sub(numbered, text))
+
+
+def specification(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The canonical spec of a chart, its data rounded: what is kept or drawn outside a notebook."""
+    with alt.data_transformers.enable("book"):
+        return canonical(chart.to_dict())
 
 
 def render(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,7 +186,7 @@ def render(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, An
 
 
 def use_book_renderer() -> None:
-    """Let Altair show charts as the book does; inline data of any size."""
+    """Let Altair show charts as the book does: rounded, and with data of any size."""
     alt.renderers.register("book", render)
     alt.renderers.enable("book")
-    alt.data_transformers.disable_max_rows()
+    alt.data_transformers.enable("book")

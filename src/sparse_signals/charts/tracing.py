@@ -5,22 +5,27 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.attention import percent
 from sparse_signals.charts.graph import draw
-from sparse_signals.charts.style import WIDTH, colour_and_dash, finish
+from sparse_signals.charts.style import (
+    SIDE_WORDS,
+    WIDTH,
+    colour_and_dash,
+    distinct,
+    finish,
+    menu,
+    tooltips,
+)
+from sparse_signals.core.numbers import percent
 
-SIDES = {"dest": "destination side", "src": "source side"}
 SETTINGS = {
     "level": "attention from which a head fires",
     "share": "share of a side that is kept",
     "fraction": "share f of the score in the support",
 }
-INTERVAL = ["value:Q", "low:Q", "high:Q"]
 ORDER = (
     "IO-1", "IO", "IO+1", "S1-1", "S1", "S1+1", "third-1", "third", "third+1",
     "S2-1", "S2", "S2+1", "end-1", "end",
 )  # fmt: skip
-SIDE_NAMES = {"dest": "destination", "src": "source"}
 SHARE = alt.Tooltip("share:Q", format=".0%", title="share of its side of the score")
 
 
@@ -32,21 +37,18 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     """
     size = table["weight"].abs().groupby([table["side"], table["component"]]).transform("max")
     rank = size.groupby(table["side"]).rank(method="dense", ascending=False)
-    shown = table[rank <= most].assign(side=lambda t: t["side"].map(SIDES), size=size)
+    shown = _with_sides(table[rank <= most]).assign(size=size)
     shown["edge"] = shown["kept"].map({True: "yes", False: "no"})
     kinds = ["the support", "all slices"]
     order = alt.EncodingSortField("size", op="max", order="descending")
-    pick = alt.selection_point(
-        fields=["side"], value=SIDES["dest"], empty=False, on="click",
-        bind={"side": alt.binding_radio(options=list(SIDES.values()), name="side ")},
-    )  # fmt: skip
+    pick = _side_of()
     bars = alt.Chart(shown).transform_filter(pick).mark_bar().encode(
         alt.X("weight:Q").title("contribution, softmax units"),
         alt.Y("component:N").title(None).sort(order),
         alt.YOffset("slices:N").sort(kinds),
         alt.Color("slices:N").title("counted over").scale(domain=kinds),
         alt.Opacity("edge:O").title("kept as an edge").scale(domain=["yes", "no"], range=[1, 0.4]),
-        tooltip=["component:N", "slices:N", alt.Tooltip("weight:Q", format=".3f"), "edge:O"],
+        tooltip=["component:N", "slices:N", *tooltips("weight"), "edge:O"],
     )  # fmt: skip
     chart = bars.add_params(pick).properties(width=WIDTH - 180, height=alt.Step(9))
     sums = table.groupby("slices")["weight"].agg(lambda x: x.abs().sum())
@@ -64,17 +66,27 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     )
 
 
+def _with_sides(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(side=table["side"].map(SIDE_WORDS) + " side")
+
+
+def _side_of() -> alt.Parameter:
+    """The rows of one side, chosen by radio buttons."""
+    sides = [f"{word} side" for word in SIDE_WORDS.values()]
+    return alt.selection_point(
+        fields=["side"], value=sides[0], empty=False, on="click",
+        bind={"side": alt.binding_radio(options=sides, name="side ")},
+    )  # fmt: skip
+
+
 def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
     """What carries scores, by layer of the head; a menu for the side.
 
     Columns: layer, side, kind, share, low, high.
     """
-    table = table.assign(side=table["side"].map(SIDES))
-    pick = alt.selection_point(
-        fields=["side"], value=SIDES["dest"], empty=False, on="click",
-        bind={"side": alt.binding_radio(options=list(SIDES.values()), name="side ")},
-    )  # fmt: skip
-    kinds = list(dict.fromkeys(table["kind"]))
+    table = _with_sides(table)
+    pick = _side_of()
+    kinds = distinct(table["kind"])
     base = alt.Chart(table).transform_filter(pick).encode(
         alt.X("layer:O").title("layer of the head that fires").axis(labelAngle=0),
         alt.XOffset("kind:N").sort(kinds),
@@ -83,13 +95,14 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
     bars = base.mark_point(filled=True, size=50).encode(
         alt.Y("share:Q").title("mean share of the side").axis(format=".0%"),
         alt.Shape("kind:N").title("written by").scale(domain=kinds),
-        tooltip=["layer:O", "kind:N", *(alt.Tooltip(f"{c}:Q", format=".1%")
-                                        for c in ("share", "low", "high"))],
+        tooltip=["layer:O", "kind:N", *tooltips("share", "low", "high", form=".1%")],
     )  # fmt: skip
     rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
     above = table[(table["layer"] > table["layer"].min()) & (table["kind"] == "head")]
     shares = above.groupby("side")["share"].mean()
-    said = " and ".join(f"{percent(shares[side])} of the {side}" for side in SIDES.values())
+    said = " and ".join(
+        f"{percent(shares[side])} of the {side}" for side in distinct(table["side"])
+    )
     chart = (rules + bars).add_params(pick).properties(width=WIDTH - 140, height=260)
     return finish(
         chart,
@@ -104,23 +117,21 @@ def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
 
     Columns: setting, x, value (overlap), low, high, edges (a prompt), weighting.
     """
-    menu = alt.binding_select(
-        options=list(SETTINGS), labels=list(SETTINGS.values()), name="setting "
-    )
-    pick = alt.param(name="setting", value="share", bind=menu)
+    pick = menu("setting", SETTINGS, start="share")
     plain = alt.Chart(table).transform_filter("datum.setting == setting").encode(
         alt.X("x:Q").title("value of the setting").scale(zero=False)
     )  # fmt: skip
     band = plain.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q", color="weighting:N")
     base = plain.encode(**colour_and_dash("weighting:N", "weighting"))
-    tip = ["weighting:N", "x:Q", *(alt.Tooltip(c, format=".2f") for c in INTERVAL)]
+    tip = ["weighting:N", "x:Q", *tooltips("value", "low", "high", form=".2f"),
+           alt.Tooltip("edges:Q", format=".1f", title="edges a prompt")]  # fmt: skip
     line = base.mark_line(point=True).encode(
         alt.Y("value:Q").title("overlap with the default trace").scale(domain=[0, 1]),
-        tooltip=[*tip, alt.Tooltip("edges:Q", format=".1f", title="edges a prompt")],
+        tooltip=tip,
     )
     below = base.mark_line(point=True).encode(
         alt.Y("edges:Q").title("edges a prompt").scale(zero=True),
-        tooltip=[*tip, alt.Tooltip("edges:Q", format=".1f", title="edges a prompt")],
+        tooltip=tip,
     )
     chart = alt.vconcat(
         (band + line).properties(width=WIDTH - 150, height=180),
@@ -141,11 +152,11 @@ def sensitivity_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 def dots(table: pd.DataFrame, row: str, what: str, title: str, axis: str) -> alt.TopLevelMixin:
     """A dot with its interval for each row. Columns: `row`, value, low, high."""
-    rows = list(dict.fromkeys(table[row]))
+    rows = distinct(table[row])
     base = alt.Chart(table).encode(alt.Y(f"{row}:N").title(None).sort(rows))
     points = base.mark_point(filled=True, size=70).encode(
         alt.X("value:Q").title(axis).scale(zero=True),
-        tooltip=[f"{row}:N", *(alt.Tooltip(c, format=".3g") for c in INTERVAL)],
+        tooltip=[f"{row}:N", *tooltips("value", "low", "high", form=".3g")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     chart = (rules + points).properties(width=WIDTH - 240, height=alt.Step(24))
@@ -161,9 +172,8 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     size = table["share"].abs().groupby(table["component"]).transform("max")
     shown = table.assign(size=size)[size.rank(method="dense", ascending=False) <= most]
     order = alt.EncodingSortField("size", op="max", order="descending")
-    questions, slices = (list(dict.fromkeys(table[c])) for c in ("question", "slices"))
-    menu = alt.binding_radio(options=slices, name="counted over ")
-    pick = alt.param(name="slices", value=slices[0], bind=menu)
+    questions, slices = (distinct(table[c]) for c in ("question", "slices"))
+    pick = menu("slices", slices, "counted over", radio=True)
     base = alt.Chart(shown).transform_filter("datum.slices == slices").encode(
         alt.Y("component:N").title(None).sort(order), alt.YOffset("question:N").sort(questions)
     )  # fmt: skip
@@ -173,8 +183,7 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
         colour,
         alt.X("share:Q").title("share of the score, or of the difference").axis(format=".0%"),
         alt.Shape("question:N").title("question").scale(domain=questions),
-        tooltip=["component:N", "question:N", *(alt.Tooltip(f"{c}:Q", format=".1%")
-                                                for c in ("share", "low", "high"))],
+        tooltip=["component:N", "question:N", *tooltips("share", "low", "high", form=".1%")],
     )  # fmt: skip
     first = table[table["slices"] == slices[0]].sort_values("share", ascending=False)
     first = first.drop_duplicates("question").set_index("question").loc[questions]
@@ -196,17 +205,14 @@ def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     Columns: name, trace, share (of prompts with the head in the trace), effect, low, high, rho
     (the trace's rank correlation with |effect|), chance and p (within layers).
     """
-    traces = list(dict.fromkeys(table["trace"]))
-    pick = alt.param(
-        name="trace", value=traces[0], bind=alt.binding_select(options=traces, name="trace ")
-    )
+    pick = menu("trace", distinct(table["trace"]))
     base = alt.Chart(table).transform_filter("datum.trace == trace").encode(
         alt.X("share:Q").title("in the trace, share of prompts").axis(format=".0%")
     )  # fmt: skip
     points = base.mark_point(filled=True, size=50).encode(
         alt.Y("effect:Q").title("change of the logit difference when ablated"),
         tooltip=["name:N", alt.Tooltip("share:Q", format=".0%"),
-                 *(alt.Tooltip(f"{c}:Q", format=".2f") for c in ("effect", "low", "high"))],
+                 *tooltips("effect", "low", "high", form=".2f")],
     )  # fmt: skip
     rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
     names = base.transform_filter("abs(datum.effect) > 0.25 || datum.share > 0.5")
@@ -233,17 +239,17 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
     come first. A slider prunes edges of few prompts; nodes are pinned by click or by menu.
     Raises ValueError when there are no edges.
     """
-    table = drawn_edges(edges)
+    table = named_edges(edges)
     tips = [
         alt.Tooltip("prompts:Q"),
         alt.Tooltip("percent:Q", format=".0f", title="% of prompts"),
-        *(alt.Tooltip(f"{name}:Q", format=".3g") for name in ("weight", "low", "high")),
+        *tooltips("weight", "low", "high", form=".3g"),
         SHARE,
     ]
     common, of = int(table["percent"].ge(50).sum()), edges["of"].max()
     title = (
-        f"Of {len(table)} edges traced in {of} prompts, {common} {_are(common)} in "
-        f"at least half of them; most often, {_named(table, 'percent')}"
+        f"Of {len(table)} edges traced in {of} prompts, {common} {'is' if common == 1 else 'are'} "
+        f"in at least half of them; most often, {_named(table, 'percent')}"
         if of > 1
         else f"Traced in one prompt: {len(table)} edges, the largest share {_named(table, 'share')}"
     )
@@ -259,8 +265,8 @@ def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixi
     """
     names = [f"{pos} {text.strip()}" for pos, text in enumerate(tokens)]
     at, dest, source = (edges[c].map(dict(enumerate(names))) for c in ("token", "dest", "src"))
-    table = _drawn(edges, at, dest, source, 100 * edges["share"].clip(0, 1))
-    tips = [alt.Tooltip("weight:Q", format=".3g"), SHARE]
+    table = _named_ends(edges, at, dest, source, 100 * edges["share"].clip(0, 1))
+    tips = [*tooltips("weight", form=".3g"), SHARE]
     title = (
         f"The trace of this prompt has {len(table)} edges; the largest share of one side of a "
         f"score, {_named(table, 'share')}"
@@ -268,7 +274,7 @@ def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixi
     return draw(table, names, ("token", "% of its side of the score"), tips, title)
 
 
-def drawn_edges(edges: pd.DataFrame) -> pd.DataFrame:
+def named_edges(edges: pd.DataFrame) -> pd.DataFrame:
     """The pooled edges as `circuit_graph` draws them: writer and reader are names of nodes.
 
     More columns: side (in words), at, dest and source (roles of the writer, of the reader, and
@@ -276,10 +282,10 @@ def drawn_edges(edges: pd.DataFrame) -> pd.DataFrame:
     nodes). Raises ValueError when there are no edges.
     """
     percents = 100 * edges["prompts"] / edges["of"]
-    return _drawn(edges, edges["role"], edges["dest_role"], edges["src_role"], percents)
+    return _named_ends(edges, edges["role"], edges["dest_role"], edges["src_role"], percents)
 
 
-def _drawn(
+def _named_ends(
     edges: pd.DataFrame, at: pd.Series, dest: pd.Series, source: pd.Series, percents: pd.Series
 ) -> pd.DataFrame:
     if not len(edges):
@@ -289,14 +295,14 @@ def _drawn(
     table = table.assign(
         writer=table["upstream"] + " at " + table["at"],
         reader=table["downstream"] + " at " + table["dest"],
-        side=table["side"].map(SIDE_NAMES),
+        side=table["side"].map(SIDE_WORDS),
     )
     return table.assign(lane=table.groupby(["writer", "reader"]).cumcount()).reset_index(drop=True)
 
 
 def _ordered(table: pd.DataFrame, order: Sequence[str]) -> list[str]:
     """The columns that occur: those unknown to `order` as they come, then the others in order."""
-    found = list(dict.fromkeys([*table["at"], *table["dest"]]))
+    found = distinct([*table["at"], *table["dest"]])
     known = [name for name in order if name in found]
     return [name for name in found if name not in known] + known
 
@@ -306,7 +312,3 @@ def _named(table: pd.DataFrame, by: str) -> str:
     edge = table.loc[table[by].idxmax()]
     share = edge[by] / 100 if by == "percent" else edge[by]
     return f"{edge['writer']} → {edge['reader']} ({percent(share)})"
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"

@@ -9,12 +9,17 @@ import pandas as pd
 TINY = 1e-12  # below this a float64 result is rounding noise, which differs between processors
 
 
+def is_number(x: Any) -> bool:
+    """Whether `x` is an integer or a float, of Python or of NumPy; True and False are not."""
+    return isinstance(x, Real | np.number) and not isinstance(x, bool | np.bool_)
+
+
 def fmt(x: Any, digits: int = 3) -> str:
     """A number for people: integers in full, floats at `digits` significant digits.
 
     Thousands are separated by commas; there is no −0, and |x| < 1e-12 is 0. Text stays as it is.
     """
-    if isinstance(x, bool | np.bool_) or not isinstance(x, Real | np.number):
+    if not is_number(x):
         return str(x)
     if isinstance(x, Integral):
         return f"{int(x):,}"
@@ -33,17 +38,21 @@ def interval(value: float, low: float, high: float) -> str:
     return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
 
 
+def percent(share: float) -> str:
+    """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
+    number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"
+    return f"{number}\u00a0%"  # a line never breaks there
+
+
 def round_significant(value: Any, digits: int = 4) -> Any:
     """A float at `digits` significant digits, |x| < 1e-12 and −0 as 0.0; anything else as it is."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real | np.floating):
-        return value
-    if isinstance(value, int | np.integer) or not np.isfinite(value):
+    if not is_number(value) or isinstance(value, Integral) or not np.isfinite(value):
         return value
     return 0.0 if abs(value) < TINY else float(f"{value:.{digits}g}")
 
 
 def rounded(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
-    """The table with every float at `digits` significant digits: what may enter a chart."""
+    """The table with every float at `digits` significant digits: what is published of it."""
     floats = table.select_dtypes("floating").columns
     return table.assign(**{name: table[name].map(lambda x: round_significant(x, digits))
                            for name in floats})  # fmt: skip
