@@ -18,6 +18,7 @@ from sparse_signals.charts.style import VEGA_LITE, canonical
 from sparse_signals.charts.tracing import circuit_graph, named_edges
 from sparse_signals.core.numbers import fmt, rounded
 from sparse_signals.core.resume import atomic
+from sparse_signals.tracing.circuit import Circuit
 
 COLUMNS = {  # key, which the address uses, and heading
     "upstream": "writer",
@@ -55,6 +56,12 @@ def write_page(path: Path | str, edges: pd.DataFrame, *, title: str, facts: dict
     with atomic(Path(path)) as aside:
         aside.write_text(Template(_asset("circuit.html")).substitute(content), encoding="utf-8")
     return path
+
+
+def write_circuit_page(circuit: Circuit, path: Path) -> None:
+    """What `Circuit.save` does for .html (the entry point "circuit" of `sparse_signals.pages`)."""
+    title = f"A circuit of {circuit.facts.get('model', 'a model')}"
+    write_page(path, circuit.edges, title=title, facts=circuit.facts)
 
 
 @cache
