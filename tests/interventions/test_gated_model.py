@@ -1,12 +1,14 @@
 """Switches at edges: open ones change nothing, closed ones do what a hook on the model does."""
 
+import numpy as np
 import pytest
 import torch
 
-from gated import KINDS, TOLERANCE, batch_of, every
-from sparse_signals.core.model import activations, logits
+from gated import KINDS, LENGTH, TOLERANCE, batch_of, every
+from sparse_signals.core.forward import logit_difference
+from sparse_signals.core.model import activations
 from sparse_signals.core.prompts import Batch, PromptError, token_roles
-from sparse_signals.core.run import component_table, run_model
+from sparse_signals.core.run import run
 from sparse_signals.interventions.faithfulness import edge_table, gates
 from sparse_signals.interventions.gated_model import ABLATIONS, run_switched, switchboard
 
@@ -31,18 +33,11 @@ def model(kind, request):
     return request.getfixturevalue(kind)
 
 
-def difference_of(model, batch):
-    read = logits(model, batch.tokens, batch.mask.sum(1) - 1)
-    row = torch.arange(len(read))
-    return read[row, batch.io] - read[row, batch.s]
-
-
 @pytest.mark.parametrize("ablation", ABLATIONS)
-@pytest.mark.parametrize("freeze_norms", [False, True])
-def test_open_switches_are_the_model(kind, model, batch, reference, ablation, freeze_norms):
-    board = switchboard(model, batch, reference, ablation, freeze_norms)
+def test_open_switches_are_the_model(kind, model, batch, reference, ablation):
+    board = switchboard(model, batch, reference, ablation)
     outcome = run_switched(board, gates(board, every(board)))
-    assert (outcome.difference - difference_of(model, batch)).abs().max() < TOLERANCE[kind]
+    assert (outcome.difference - logit_difference(model, batch)).abs().max() < TOLERANCE[kind]
     pattern = activations(model, batch.tokens, ("pattern",))["pattern"]
     assert (outcome.pattern - pattern).abs().max() < TOLERANCE[kind]
 
@@ -71,17 +66,17 @@ def test_a_closed_edge_is_a_hook_on_a_query_or_key(kind, model, batch, reference
     edge = torch.tensor(picked["edge"].tolist())
     found = run_switched(board, gates(board, edge, others=True)).difference
     expected = hooked(model, batch, reference, side, "MLP 0", (1, 3), token)
-    assert (found - difference_of(model, batch)).abs().max() > 2 * TOLERANCE[kind]
+    assert (found - logit_difference(model, batch)).abs().max() > 2 * TOLERANCE[kind]
     assert (found - expected).abs().max() < TOLERANCE[kind]
 
 
 def hooked(model, batch, reference, side, upstream, head, token):
     """The model with one component averaged in the query or key of one head, through a hook."""
-    table = component_table(model)
+    table = model.components
     place = table["component"].tolist().index(upstream)
     before = torch.tensor((table["layer"][:-1] < head[0]).tolist())
-    clean = run_model(model, batch.tokens, batch.mask).outputs[:, token]
-    mean = run_model(model, reference.tokens, reference.mask).outputs[:, token, place].mean(0)
+    clean = run(model, batch).outputs[:, token]
+    mean = run(model, reference).outputs[:, token, place].mean(0)
     x = clean[:, before].sum(1) - clean[:, place] + mean
     block = model.bridge.blocks[head[0]]
     name = "q" if side == "dest" else "k"
@@ -94,28 +89,7 @@ def hooked(model, batch, reference, side, upstream, head, token):
         value[:, token, head[1]] = row
         return value
 
-    hooks = [(f"blocks.{head[0]}.attn.hook_{name}", replace)]
-    with torch.no_grad():
-        read = model.bridge.run_with_hooks(batch.tokens, fwd_hooks=hooks)[:, -1]
-    row = torch.arange(len(read))
-    return read[row, batch.io] - read[row, batch.s]
-
-
-def test_frozen_norms_keep_scores_linear(tiny_gpt2, batch, reference):
-    """Closing two edges into one query changes its scores by the sum of both, if s is frozen."""
-    scores = {}
-    for freeze in (False, True):
-        board = switchboard(tiny_gpt2, batch, reference, "mean", freeze)
-        table = edge_table(board, every(board))
-        picked = table.query("downstream == '2.0' and side == 'dest' and role == 'S2'")
-        edges = torch.tensor(picked["edge"].tolist()[-2:])
-        log = [
-            run_switched(board, gates(board, closed, others=True)).pattern[2, :, 0, 6, :7].log()
-            for closed in (edges[:0], edges[:1], edges[1:], edges)
-        ]
-        clean, one, other, both = (x - x[:, :1] for x in log)  # scores, up to a constant
-        scores[freeze] = (both - clean - (one - clean) - (other - clean)).abs().max()
-    assert scores[True] < 1e-12 < 1e-7 < scores[False]
+    return logit_difference(model, batch, [(f"blocks.{head[0]}.attn.hook_{name}", replace)])
 
 
 def test_a_resampled_token_has_the_same_role(kind, model):
@@ -139,10 +113,11 @@ def test_resampling_draws_by_the_seed(tiny_gpt2, batch, reference):
 def test_edges_are_upstream_and_differ_between_prompts(model, batch, reference):
     board = switchboard(model, batch, reference)
     table = edge_table(board, every(board))
-    assert not table["upstream"].str.startswith("bias").any()
+    of = model.components.set_index("component")
+    assert not (of.loc[table["upstream"], "kind"] == "bias").any()
     assert "intact" not in set(table["role"])
-    heads = table[table["upstream"].str.contains(".", regex=False)]
-    assert (heads["upstream"].str[0].astype(int) < heads["downstream"].str[0].astype(int)).all()
+    layers = (of.loc[table[end], "layer"].to_numpy() for end in ("upstream", "downstream"))
+    assert np.less(*layers).all()
     first = 1 if model.rotary else 2
     inputs = sum(first + layer * (model.n_heads + 1) for layer in range(model.n_layers))
     assert len(table) == (len(board.roles) - 1) * 2 * model.n_heads * inputs

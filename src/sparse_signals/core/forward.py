@@ -1,17 +1,35 @@
-"""One forward pass, step by step, for models whose inputs are changed."""
+"""One forward pass, step by step, for models of which something is removed or switched.
+
+Why not TransformerLens' own hooks? With `use_split_qkv_input` and `use_hook_mlp_in` they replace
+the input of every query, key, value and MLP before its normalisation (the tests compare with
+them). But keys and values only for all heads together that share them, a normalisation cannot
+divide by the scale of another run there, and what every head wrote has to be collected by hooks.
+"""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sparse_signals.core.model import Model, logits
+from sparse_signals.core.model import Model, logits, once_per_model, qk_weights
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.rotary import rotate, rotation
 from sparse_signals.core.run import Run
+
+PIECES = 6  # layers whose gaps lie in arrays of their own: each costs a product, joining a copy
+
+
+def logit_difference(
+    model: Model, batch: Batch, hooks: Collection[tuple[str, Callable[..., Any]]] = ()
+) -> Float[Tensor, "prompt"]:
+    """logit(IO) − logit(S) at the last token, of the model with TransformerLens hooks."""
+    found = logits(model, batch.tokens, batch.last, hooks)
+    answers = batch.answers("the logit difference").to(found.device)
+    return found.gather(1, answers) @ found.new_tensor([1.0, -1.0])
+
 
 # --- steps of a forward pass ---------------------------------------------------------------------
 
@@ -30,131 +48,265 @@ def embedded(
 def norm_scale(model: Model, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
     """What a normalisation divides by: √(mean square + ε), of x less its mean for LayerNorm."""
     square = x.square().mean(-1)
-    if not model.bridge.ln_final.uses_rms_norm:
+    if not model.rms:
         square = square - x.mean(-1).square()
     return (square + model.bridge.cfg.eps).sqrt()
 
 
-def queries_and_keys(
+def normalise(
     model: Model,
-    forms: QKForms,
+    norm: nn.Module,
+    x: Float[Tensor, "... d"],
+    scale: Float[Tensor, "..."] | None = None,
+) -> Float[Tensor, "... d"]:
+    """A normalisation of the model, dividing by the scale of x or by a given one."""
+    scale = (norm_scale(model, x) if scale is None else scale).unsqueeze(-1)
+    if model.rms:
+        return x / scale * norm.w
+    return (x - x.mean(-1, keepdim=True)) / scale * norm.w + norm.b
+
+
+def folded(
+    W: Float[Tensor, "layer head d r"],
+    b: Float[Tensor, "layer head r"],
+    gain: Float[Tensor, "layer d"],
+    shift: Float[Tensor, "layer d"],
+    centred: bool,
+) -> Float[Tensor, "layer head d1 r"]:
+    """Weights that read [x / scale ; 1] instead of the normalised x: centring, gain, shift, bias.
+
+    The last row is the bias. `centred` says that the normalisation takes the mean from x.
+    """
+    rows = gain[:, None, :, None] * W
+    if centred:
+        rows = rows - rows.mean(dim=-2, keepdim=True)
+    bias = torch.einsum("ld,lhdr->lhr", shift, W) + b
+    return torch.cat([rows, bias.unsqueeze(-2)], dim=-2)
+
+
+@once_per_model
+def projections(model: Model) -> dict[str, Float[Tensor, "layer head d1 r"]]:
+    """The `folded` weights of queries, keys and values (without their bias), in the model's dtype.
+
+    Keys and values have as many heads as the model keeps of them.
+    """
+    w, groups = qk_weights(model), model.n_heads // model.n_kv_heads
+    W_V = torch.stack([block.attn.W_V for block in model.bridge.blocks]).double()
+    weights = {
+        "q": (w.W_Q, w.b_Q),
+        "k": (w.W_K[:, ::groups], w.b_K[:, ::groups]),
+        "v": (W_V, torch.zeros_like(W_V[:, :, 0])),
+    }
+    return {
+        name: folded(W, b, w.gain, w.shift, w.centred).to(model.dtype)
+        for name, (W, b) in weights.items()
+    }
+
+
+def project(
+    model: Model,
     layer: int,
-    x: Float[Tensor, "prompt pos head side d"],
-    scale: Float[Tensor, "prompt pos head side"],
-) -> Float[Tensor, "side prompt head pos r"]:
-    """Queries and keys, rotated if rotary, from an input of their own for every head and side."""
-    factors = torch.stack([forms.A[layer], forms.B[layer]])
-    y = torch.einsum("pthsd,shdr->sphtr", x, factors[:, :, :-1])
-    y = y / scale.permute(3, 0, 2, 1).unsqueeze(-1) + factors[:, None, :, -1:]
-    if model.rotary:
-        cos, sin = rotation(model, torch.arange(x.shape[1], device=x.device))
-        y = rotate(y, cos.to(y.dtype), sin.to(y.dtype))
-    return y
+    name: str,
+    x: Float[Tensor, "prompt pos input d"],
+    scale: Float[Tensor, "prompt pos input"],
+) -> Float[Tensor, "prompt head pos r"]:
+    """Queries or keys as they enter the score, or values ("q", "k", "v"), of every query head.
+
+    From a stream and what its normalisation divides by: one for all heads, or one for each. Values
+    are without their bias, which is part of the output bias.
+    """
+    W = projections(model)[name][layer]
+    if x.shape[2] > 1:
+        W = W.repeat_interleave(model.n_heads // len(W), dim=0)
+    y = torch.einsum("pthd,hdr->phtr", x, W[:, :-1])
+    y = y / scale.transpose(1, 2).unsqueeze(-1) + W[:, None, -1]
+    if model.rotary and name != "v":
+        y = rotate(y, *(table[: y.shape[2]] for table in angles(model)))
+    return y.repeat_interleave(model.n_heads // len(W), dim=1)
+
+
+@once_per_model
+def angles(model: Model) -> tuple[Float[Tensor, "pos r"], Float[Tensor, "pos r"]]:
+    """cos and sin of the rotary angles at every position, in the model's dtype."""
+    cos, sin = rotation(model, torch.arange(model.n_ctx, device=model.device))
+    return cos.to(model.dtype), sin.to(model.dtype)
+
+
+def attention_weights(
+    model: Model, scores: Float[Tensor, "... dest src"], past: Bool[Tensor, "... dest src"]
+) -> Float[Tensor, "... dest src"]:
+    """Softmax over the sources in the past, as the model takes it: rotary models in float32."""
+    kind = torch.float32 if model.rotary else scores.dtype
+    return scores.masked_fill(~past, -torch.inf).softmax(-1, dtype=kind).to(scores.dtype)
 
 
 def attend(
+    model: Model,
+    layer: int,
     q: Float[Tensor, "prompt head pos r"],
     k: Float[Tensor, "prompt head pos r"],
-    divisor: Float[Tensor, ""],
 ) -> Float[Tensor, "prompt head dest src"]:
-    """softmax_j q_i·k_j / √r over j ≤ i."""
-    scores = q @ k.mT / divisor.to(q)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1)
+    """softmax_j q_i·k_j / divisor over j ≤ i."""
+    scores = q @ k.mT / model.divisor[layer].to(q)
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return attention_weights(model, scores, past)
 
 
-def values(
-    model: Model, layer: int, hidden: Float[Tensor, "prompt pos d"]
-) -> Float[Tensor, "prompt head pos r"]:
-    """Values of every query head, without their bias: that is part of the output bias."""
-    W_V = model.bridge.blocks[layer].attn.W_V
-    v = torch.einsum("ptd,hdr->phtr", hidden, W_V)
-    return v.repeat_interleave(model.n_heads // len(W_V), dim=1)
+def read_out(
+    model: Model,
+    x: Float[Tensor, "row d"],
+    answers: Int[Tensor, "row answer"],
+    scale: Float[Tensor, "row"] | None = None,
+) -> Float[Tensor, "row answer"]:
+    """Logits of some tokens from the stream after the last layer, normalised as by `normalise`."""
+    unembed = model.bridge.unembed
+    final = normalise(model, model.bridge.ln_final, x, scale)
+    return torch.einsum("nd,nad->na", final, unembed.W_U.T[answers]) + unembed.b_U[answers]
 
 
-def logit_difference(
-    model: Model, batch: Batch, hooks: Collection[tuple[str, Callable[..., Any]]] = ()
-) -> Float[Tensor, "prompt"]:
-    """logit(IO) − logit(S) at the last token, of the model with TransformerLens hooks."""
-    found = logits(model, batch.tokens, batch.last, hooks)
-    answers = batch.answers("the logit difference").to(found.device)
-    return found.gather(1, answers) @ found.new_tensor([1.0, -1.0])
-
-
-def name_difference(
-    model: Model, batch: Batch, final: Float[Tensor, "prompt pos d"]
-) -> Float[Tensor, "prompt"]:
-    """logit(IO) − logit(S) at the last token, from the output of the final normalisation."""
-    unembed, device = model.bridge.unembed, final.device
-    last = torch.arange(len(final), device=device), (batch.mask.sum(1) - 1).to(device)
-    io, s = batch.io.to(device), batch.s.to(device)
-    columns = unembed.W_U[:, io] - unembed.W_U[:, s]
-    return (final[last] * columns.T).sum(-1) + unembed.b_U[io] - unembed.b_U[s]
+# --- what is changed in a pass -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Streams:
-    """What the normalisations of a run read: before and after each attention, and at the end."""
+class Scales:
+    """What the normalisations of a pass divide by: before attention and MLP, and at the end."""
 
-    pre: Float[Tensor, "layer prompt pos d"]
-    mid: Float[Tensor, "layer prompt pos d"]
-    final: Float[Tensor, "prompt pos d"]
-
-
-# --- a run without signals -----------------------------------------------------------------------
+    attention: Float[Tensor, "layer prompt pos"]
+    mlp: Float[Tensor, "layer prompt pos"]
+    out: Float[Tensor, "prompt"]
 
 
-def run_without(
-    weights: Weights,
-    batch: Batch,
-    removed: Float[Tensor, "prompt pos component d"],
-    like: Streams | None = None,
-) -> tuple[Run, Streams, Float[Tensor, "prompt"]]:
-    """Run the model while something is taken from what its components write.
+@dataclass(frozen=True)
+class Gates:
+    """How much of what each component upstream writes now reaches each input; the rest is old.
 
-    Normalisations divide by their scale on the streams `like`, if given. Returns the run, its
-    streams, and logit(IO) − logit(S).
+    An input at a token reads Σ_c g·x_c + (1 − g)·old_c: x_c is what component c writes in this
+    pass, old_c is `reference[place]` of the token, g is the gate in its `row`. There are gates of
+    the query, key and value of every query head, of every MLP and of the read-out; None: all 1,
+    which costs nothing. One row gates pairs of components; one for every role or token, each there.
+    Gates of components that do not come before an input are ignored.
     """
-    model, out = weights.model, writers(weights.model)
-    A, B = (x.to(model.device, model.dtype) for x in (weights.forms.A, weights.forms.B))
-    forms = QKForms(A, B, weights.forms.scale)
-    tokens = batch.tokens.to(model.device)
-    parts = [embedded(model, tokens)]
-    parts[0] = parts[0] - removed[:, :, : parts[0].shape[2]]
-    x, kept = parts[0].sum(2), []
-    for layer, block in enumerate(model.bridge.blocks):
-        pre, done = x, sum(part.shape[2] for part in parts)
-        seen, mid_seen = (pre, None) if like is None else (like.pre[layer], like.mid[layer])
-        scale = norm_scale(model, seen)
-        alike = (*x.shape[:2], model.n_heads, 2)
-        inputs = x[:, :, None, None].expand(*alike, -1)
-        q, k = queries_and_keys(model, forms, layer, inputs, scale[..., None, None].expand(alike))
-        pattern = attend(q, k, forms.scale[layer])
-        v = values(model, layer, _normalised(model, block.ln1, x, seen))
-        heads = torch.einsum("phtr,hrd->pthd", pattern @ v, out.W_O[layer])
-        written = torch.cat([heads, out.bias[layer].expand_as(x).unsqueeze(2)], dim=2)
-        written = written - removed[:, :, done : done + written.shape[2]]
-        mid = x + written.sum(2)
-        mlp = block.mlp(_normalised(model, block.ln2, mid, mid if like is None else mid_seen))
-        mlp = mlp - removed[:, :, done + written.shape[2]]
-        x = mid + mlp
-        parts.append(torch.cat([written, mlp.unsqueeze(2)], dim=2))
-        kept.append((q, k, pattern, v, scale, pre, mid))
-    q, k, pattern, v, scale, pre, mid = (torch.stack(each) for each in zip(*kept, strict=True))
-    attention = Attention(q, k, pattern, batch.mask.to(x.device), forms.scale)
-    final = _normalised(model, model.bridge.ln_final, x, x if like is None else like.final)
-    run = Run(tokens, attention, torch.cat(parts, dim=2), scale, v)
-    return run, Streams(pre, mid, x), name_difference(model, batch, final)
+
+    row: Int[Tensor, "prompt pos"]
+    reference: Float[Tensor, "place component d"]
+    place: Int[Tensor, "prompt pos"]
+    q: Float[Tensor, "row layer head component"] | None = None
+    k: Float[Tensor, "row layer head component"] | None = None
+    v: Float[Tensor, "row layer head component"] | None = None
+    mlp: Float[Tensor, "row layer component"] | None = None
+    out: Float[Tensor, "row component"] | None = None
 
 
-def _normalised(
+@dataclass(frozen=True)
+class Pass:
+    """A run that was changed, what its streams were divided by, and the logits of IO and S."""
+
+    run: Run
+    scales: Scales
+    logits: Float[Tensor, "prompt 2"]
+
+    @property
+    def difference(self) -> Float[Tensor, "prompt"]:
+        """logit(IO) − logit(S) at the last token."""
+        return self.logits[:, 0] - self.logits[:, 1]
+
+
+class _Stream:
+    """The residual stream of a pass, and how components differ from the reference of gates."""
+
+    def __init__(self, gates: Gates | None, removed: Tensor | None, x: Tensor) -> None:
+        self.gates, self.removed, self.done = gates, removed, 0
+        self.x, self.old = x, torch.zeros_like(x)
+        self.gaps, self.new = [], []
+
+    def write(self, parts: Float[Tensor, "prompt pos part d"], components: int) -> None:
+        """Add what the next components write, each for itself or, where no gate asks, summed."""
+        here = slice(self.done, self.done + components)
+        self.done += components
+        if self.removed is not None:
+            taken = self.removed[:, :, here]
+            each = parts.shape[2] == components
+            parts = parts - (taken if each else taken.sum(2, keepdim=True))
+        self.x = self.x + parts.sum(2)
+        if self.gates is not None:
+            old = self.gates.reference[:, here][self.gates.place]
+            self.old = self.old + old.sum(2)
+            self.new.append(parts - old)
+
+    def mixed(self, *gates: Float[Tensor, "row input component"]) -> Tensor:
+        """What inputs read: the old stream, and as much of every gap as the gates let through."""
+        self.gaps.append(torch.cat(self.new, dim=2))
+        self.new = []
+        if len(self.gaps) > PIECES:
+            self.gaps = [torch.cat(self.gaps, dim=2)]
+        rows = torch.cat([gate[..., : self.done] for gate in gates], dim=1)[self.gates.row]
+        shape = (*rows.shape[:3], self.x.shape[-1])
+        mixed = self.old.unsqueeze(2).expand(shape).flatten(0, 1)
+        shares = rows.flatten(0, 1).split([gap.shape[2] for gap in self.gaps], dim=-1)
+        for share, gap in zip(shares, self.gaps, strict=True):
+            mixed = torch.baddbmm(mixed, share, gap.flatten(0, 1))
+        return mixed.view(shape)
+
+
+# --- the pass ------------------------------------------------------------------------------------
+
+
+def forward(
     model: Model,
-    norm: nn.Module,
-    x: Float[Tensor, "prompt pos d"],
-    like: Float[Tensor, "prompt pos d"],
-) -> Float[Tensor, "prompt pos d"]:
-    """A normalisation of the model, dividing by the scale of another stream."""
-    scale = norm_scale(model, like).unsqueeze(-1)
-    if norm.uses_rms_norm:
-        return x / scale * norm.w
-    return (x - x.mean(-1, keepdim=True)) / scale * norm.w + norm.b
+    batch: Batch,
+    *,
+    removed: Float[Tensor, "prompt pos component d"] | None = None,
+    like: Scales | None = None,
+    gates: Gates | None = None,
+) -> Pass:
+    """Run the model while something is taken from what components write, or inputs are gated.
+
+    Normalisations divide by the scales `like`, if given, instead of their own. What an input reads
+    through gates, it alone reads: the stream goes on as the sum of what is written. The run has
+    the scales of that stream. Differentiable with respect to gates. Raises PromptError where the
+    prompts have no names.
+    """
+    answers = batch.answers("a forward pass").to(model.device)
+    first = embedded(model, batch.tokens.to(model.device))
+    stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
+    stream.write(first, first.shape[2])
+    heads, out, kept = "pthd" if gates else "ptd", model.writers, []
+    for layer, block in enumerate(model.bridge.blocks):
+        scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
+        inputs = _inputs(model, stream, layer, scale, like is None)
+        q, k, v = (project(model, layer, name, *inputs[name]) for name in "qkv")
+        pattern = attend(model, layer, q, k)
+        z = pattern @ v
+        moved = torch.einsum(f"phtr,hrd->{heads}", z, out.W_O[layer])
+        stream.write(moved if gates else moved.unsqueeze(2), model.n_heads)
+        stream.write(out.bias[layer].expand_as(stream.x).unsqueeze(2), 1)
+        x = stream.x
+        if gates and gates.mlp is not None:
+            x = stream.mixed(gates.mlp[:, layer, None]).squeeze(2)
+        mlp_scale = norm_scale(model, x) if like is None else like.mlp[layer]
+        mlp = block.mlp(normalise(model, block.ln2, x, mlp_scale))
+        stream.write(mlp.unsqueeze(2), 1)
+        kept.append((q, k, v, z, pattern, mlp, scale, mlp_scale))
+    x = stream.x
+    if gates and gates.out is not None:
+        x = stream.mixed(gates.out.unsqueeze(1)).squeeze(2)
+    x = x[torch.arange(len(x), device=x.device), batch.last.to(x.device)]
+    out_scale = norm_scale(model, x) if like is None else like.out
+    *each, scale, mlp_scale = (torch.stack(values) for values in zip(*kept, strict=True))
+    run = Run(model, batch, *each, scale, removed=removed)
+    return Pass(run, Scales(scale, mlp_scale, out_scale), read_out(model, x, answers, out_scale))
+
+
+def _inputs(
+    model: Model, stream: _Stream, layer: int, scale: Float[Tensor, "prompt pos"], own: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What queries, keys and values of a layer read, and its scale: of its `own`, or that given."""
+    inputs = dict.fromkeys("qkv", (stream.x.unsqueeze(2), scale.unsqueeze(2)))
+    given = {name: getattr(stream.gates, name, None) for name in "qkv"}
+    given = {name: gate[:, layer] for name, gate in given.items() if gate is not None}
+    if given:
+        mixed = stream.mixed(*given.values())
+        scales = norm_scale(model, mixed) if own else scale.unsqueeze(2).expand(mixed.shape[:3])
+        parts = zip(*(x.split(model.n_heads, dim=2) for x in (mixed, scales)), strict=True)
+        inputs |= dict(zip(given, parts, strict=True))
+    return inputs

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_signals.core.forward import folded
 from sparse_signals.core.model import Model, head_name, once_per_model, qk_weights
 from sparse_signals.core.stats import participation_ratio
 
@@ -51,23 +52,9 @@ def qk_forms(model: Model) -> QKForms:
     Source: Franco and Crovella 2024, section 3; Elhage et al. 2021 for the form itself.
     """
     w = qk_weights(model)
-    A = _fold(w.W_Q, w.b_Q, w.gain, w.shift, w.centred)
-    B = _fold(w.W_K, w.b_K, w.gain, w.shift, w.centred)
+    A = folded(w.W_Q, w.b_Q, w.gain, w.shift, w.centred)
+    B = folded(w.W_K, w.b_K, w.gain, w.shift, w.centred)
     return QKForms(A, B, w.divisor)
-
-
-def _fold(
-    W: Float[Tensor, "layer head d r"],
-    b: Float[Tensor, "layer head r"],
-    gain: Float[Tensor, "layer d"],
-    shift: Float[Tensor, "layer d"],
-    centred: bool,
-) -> Float[Tensor, "layer head d1 r"]:
-    rows = gain[:, None, :, None] * W
-    if centred:
-        rows = rows - rows.mean(dim=-2, keepdim=True)
-    bias = torch.einsum("ld,lhdr->lhr", shift, W) + b
-    return torch.cat([rows, bias.unsqueeze(-2)], dim=-2)
 
 
 def head_svd(of: Model | QKForms) -> HeadSVD:

@@ -1,7 +1,7 @@
 """Chapter 5: what an intervention is, and the clean run that it starts from.
 
 An intervention is a row: a prompt and some changes, each added to the residual stream or to the
-query, key or value of one head, at one token. `suffix.recompute` says what comes of it.
+query, key or value of one head, at one token. `recompute.recompute` says what comes of it.
 """
 
 from dataclasses import dataclass, fields
@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparse_signals.core.model import Model, activations
-from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.rotary import rotation
+from sparse_signals.core.forward import attention_weights, normalise
+from sparse_signals.core.model import Model, activations, once_per_model
+from sparse_signals.core.prompts import Batch
 
 # The stream before attention, the inputs of a head, the stream after it: in order of computation.
 SITES = ("pre", "q", "k", "v", "mid")
@@ -23,13 +23,10 @@ PRE, Q, K, V, MID = range(5)
 class Layers:
     """The attention weights of a model, one matrix for queries, keys and values, by layer."""
 
-    model: Model
     W_in: Float[Tensor, "layer d qkv"]
     b_in: Float[Tensor, "layer qkv"]
     W_out: Float[Tensor, "layer z d"]
     b_out: Float[Tensor, "layer d"]
-    divisor: list[float]
-    angles: tuple[Float[Tensor, "pos r"], Float[Tensor, "pos r"]] | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Clean:
     last layer, at `end`. Queries and keys as they enter the score. `answers` are the tokens IO, S.
     """
 
+    model: Model
     first_prompt: int
     end: Int[Tensor, "prompt"]
     answers: Int[Tensor, "prompt 2"]
@@ -90,7 +88,8 @@ class Probes:
         return Probes(*(getattr(self, x.name)[keep] for x in fields(self)))
 
 
-def read_layers(model: Model) -> Layers:
+@once_per_model
+def attention_layers(model: Model) -> Layers:
     """Attention weights as the recomputation wants them, in the dtype of the model."""
     blocks = [block.attn for block in model.bridge.blocks]
 
@@ -104,18 +103,11 @@ def read_layers(model: Model) -> Layers:
     W_in = [torch.cat([flat(a.W_Q), flat(a.W_K), flat(a.W_V)], dim=1) for a in blocks]
     sizes = [("b_Q", model.n_heads), ("b_K", model.n_kv_heads), ("b_V", model.n_kv_heads)]
     b_in = [torch.cat([bias(a, name, n * model.d_head) for name, n in sizes]) for a in blocks]
-    angles = None
-    if model.rotary:
-        cos, sin = rotation(model, torch.arange(model.n_ctx, device=model.device))
-        angles = cos.to(model.dtype), sin.to(model.dtype)
     return Layers(
-        model,
         torch.stack(W_in),
         torch.stack(b_in),
         torch.stack([a.W_O.flatten(0, 1) for a in blocks]),
         torch.stack([bias(a, "b_O", model.d_model) for a in blocks]),
-        [1 / a.original_component.scaling for a in blocks],
-        angles,
     )
 
 
@@ -125,34 +117,25 @@ def clean_run(model: Model, batch: Batch, rows: slice | None = None) -> Clean:
     Raises PromptError where the prompts have no names.
     """
     rows = rows or slice(0, len(batch.tokens))
-    if batch.io is None or batch.s is None:
-        raise PromptError("interventions need prompts with two names, IO and S")
-    kept = activations(model, batch.tokens[rows], ("resid_pre", "attn_out", "q", "k", "v"))
+    part = batch.rows(rows)
+    answers, end = part.answers("an intervention").to(model.device), part.last.to(model.device)
+    kept = activations(model, part.tokens, ("resid_pre", "attn_out", "q", "k", "v"))
     pre, mid = kept["resid_pre"], kept["resid_pre"] + kept["attn_out"]
-    end = (batch.mask[rows].sum(1) - 1).to(model.device)
     last = mid[-1, torch.arange(len(end), device=end.device), end]
     block = model.bridge.blocks[-1]
-    return Clean(
-        rows.start,
-        end,
-        torch.stack([batch.io[rows], batch.s[rows]], dim=1).to(model.device),
-        pre,
-        mid,
-        last + block.mlp(block.ln2(last[:, None]))[:, 0],
-        *(kept[name] for name in "qkv"),
-    )
+    final = last + block.mlp(normalise(model, block.ln2, last[:, None]))[:, 0]
+    return Clean(model, rows.start, end, answers, pre, mid, final, *(kept[name] for name in "qkv"))
 
 
 def clean_scores(
-    layers: Layers, clean: Clean, prompt: Int[Tensor, "row"], probes: Probes
+    clean: Clean, prompt: Int[Tensor, "row"], probes: Probes
 ) -> tuple[Float[Tensor, "probe"], Float[Tensor, "probe"]]:
     """Score and attention weight of every probe in the clean run, `prompt` being that of rows."""
     of = prompt[probes.row]
-    divisor = torch.tensor(layers.divisor, dtype=torch.float64, device=of.device)[probes.layer]
     q = clean.q[probes.layer, of, probes.head, probes.dest].double()
     k = clean.k[probes.layer, of, probes.head].double()
-    scores = (k @ q[..., None])[..., 0] / divisor[:, None]
+    scores = (k @ q[..., None])[..., 0] / clean.model.divisor[probes.layer, None]
     past = torch.arange(k.shape[1], device=k.device) <= probes.dest[:, None]
-    pattern = scores.masked_fill(~past, -torch.inf).softmax(-1)
+    pattern = attention_weights(clean.model, scores, past)
     row = torch.arange(len(of), device=of.device)
     return scores[row, probes.src], pattern[row, probes.src]

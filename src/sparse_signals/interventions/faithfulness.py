@@ -13,20 +13,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_signals.core.prompts import Batch, role_numbers
-from sparse_signals.core.run import fitting_rows, run_model
+from sparse_signals.core.model import BIAS_ROW, head_name
+from sparse_signals.core.prompts import role_numbers
+from sparse_signals.core.run import fitting_rows, runs
 from sparse_signals.core.stats import prompt_draws
 from sparse_signals.interventions.gated_model import (
     CHUNK_BYTES,
-    Outcome,
+    Answers,
     Switchboard,
     run_rows,
     run_switched,
 )
 from sparse_signals.tracing.contributions import SIDES
 from sparse_signals.tracing.roots import logit_attribution
+from sparse_signals.tracing.trace import Trace
 
-EDGE = ("upstream", "downstream", "side", "role")
 Gate = Float[Tensor, "role layer head side component"]
 
 
@@ -38,7 +39,7 @@ def switchable(board: Switchboard) -> Bool[Tensor, "role layer head side compone
 
     Output biases write the same everywhere: closing them would change nothing, they are no edges.
     """
-    model, table = board.model, board.components
+    model, table = board.model, board.model.components[:-1]
     layer = torch.tensor(table["layer"].tolist())
     upstream = layer < torch.arange(model.n_layers)[:, None]
     upstream &= torch.tensor((table["kind"] != "bias").tolist())
@@ -52,8 +53,8 @@ def edge_table(board: Switchboard, edges: Int[Tensor, "edge"]) -> pd.DataFrame:
     places = torch.unravel_index(edges.cpu(), switchable(board).shape)
     role, layer, head, side, component = (place.numpy() for place in places)
     columns = {
-        "upstream": board.components["component"].to_numpy()[component],
-        "downstream": [f"{l}.{h}" for l, h in zip(layer, head, strict=True)],
+        "upstream": board.model.components["component"].to_numpy()[component],
+        "downstream": head_name(pd.Series(layer), pd.Series(head)),
         "side": [SIDES[n] for n in side],
         "role": [board.roles[n] for n in role],
     }
@@ -79,28 +80,28 @@ def ranked(board: Switchboard, value: Gate) -> Int[Tensor, "edge"]:
     return order[value[order] > 0]
 
 
-def traced_value(board: Switchboard, edges: pd.DataFrame, batch: Batch, by: str = "share") -> Gate:
-    """How strong edges are in a trace of `batch`: the sum over prompts of their mean share / P.
+def traced_value(board: Switchboard, traced: Trace) -> Gate:
+    """How strong edges are in a trace: the sum over its P prompts of their mean share, over P.
 
-    So it is the share of prompts with the edge times its mean there. `by` may be "weight". Edges
-    of several firings are one here if head, side and role of the receiving token agree.
+    So it is the share of prompts with the edge times its mean there. Edges of several firings are
+    one here if head, side and role of the receiving token agree.
     """
-    numbers = role_numbers(batch, board.roles)
-    component = pd.Series(board.components.index, index=board.components["component"])
-    table = edges[edges["upstream"].isin(component.index)]
+    numbers = role_numbers(traced.batch, board.roles)
+    table = traced.edges[traced.edges["kind"] != BIAS_ROW]
+    names = pd.Index(board.model.components["component"])
     places = (
         numbers.numpy()[table["prompt"], table["token"]],
         table["layer"].to_numpy(),
         table["head"].to_numpy(),
         table["side"].map({side: n for n, side in enumerate(SIDES)}).to_numpy(int),
-        component[table["upstream"].astype(str)].to_numpy(),
+        names.get_indexer(table["upstream"]),
     )
     known = places[0] >= 0
     shape = switchable(board).shape
     place = np.ravel_multi_index([index[known] for index in places], shape)
-    mean = table[known].groupby([place, table["prompt"][known]])[by].mean()
+    mean = table[known].groupby([place, table["prompt"][known]])["share"].mean()
     value = torch.zeros(shape.numel(), dtype=torch.float64)
-    pooled = mean.groupby(level=0).sum() / len(batch.tokens)
+    pooled = mean.groupby(level=0).sum() / len(traced.batch.tokens)
     value[torch.tensor(pooled.index)] = torch.tensor(pooled.to_numpy())
     return value.view(shape)
 
@@ -130,18 +131,15 @@ def head_value(board: Switchboard, seed: int = 0) -> Gate:
     Heads are ordered by |mean direct logit attribution|. An edge comes with the better one of its
     ends, then by the other one; what is left equal is in random order. Source: Wang et al. 2023.
     """
-    table, model = board.components, board.model
-    shares: Tensor | float = 0.0
-    for rows in fitting_rows(model, board.batch, CHUNK_BYTES):
-        part = board.batch.rows(rows)
-        run = run_model(model, part.tokens, part.mask)
-        shares = shares + logit_attribution(model, run, part)[0].sum(0).cpu()
-    heads = torch.tensor((table["kind"] == "head").tolist())
-    place = torch.full((len(table),), int(heads.sum()))
+    model, shares = board.model, 0.0
+    for _, part in runs(model, board.batch, CHUNK_BYTES):
+        shares = shares + logit_attribution(part)[0].sum(0).cpu()
+    heads = model.is_head.cpu()[:-1]
+    place = torch.full((len(heads),), int(heads.sum()))
     place[heads] = shares[:-1][heads].abs().argsort(descending=True).argsort()
     down = place[heads].view(1, model.n_layers, model.n_heads, 1, 1)
     first, second = torch.minimum(place, down), torch.maximum(place, down)
-    key = first * len(table) + second + random_value(board, seed)
+    key = first * len(heads) + second + random_value(board, seed)
     return key.max() + 1 - key
 
 
@@ -158,7 +156,6 @@ def curves(
     board: Switchboard,
     rankings: Mapping[str, Sequence[Int[Tensor, "edge"]]],
     sizes: Sequence[int],
-    roots: pd.DataFrame | None = None,
     *,
     repeats: int = 200,
     seed: int = 0,
@@ -169,8 +166,7 @@ def curves(
     faithfulness: (F(circuit) − F(closed)) / (F(open) − F(closed)) with F the mean of logit(IO) −
     logit(S). completeness: 1 minus the same for all edges but the circuit, so 1 says that nothing
     works without it. Both with 95 % bootstrap intervals over prompts (and over rankings, where a
-    method has several, as "random" should). difference: F(circuit); accuracy: how often IO beats
-    S; attention: mean weight at the firings `roots` (prompt, layer, head, dest, src).
+    method has several, as "random" should). difference: F(circuit); accuracy: how often IO beats S.
     A ranking that has fewer edges than a size is run whole. Source: Wang et al. 2023, section 4.
     """
     closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
@@ -178,18 +174,16 @@ def curves(
     for method, ranking in tqdm(rankings.items(), disable=not progress, unit="method"):
         longest = max(map(len, ranking))
         for size in sorted({min(size, longest) for size in sizes}):
-            runs, rest = (
+            alone, rest = (
                 [run_switched(board, gates(board, edges[:size], others)) for edges in ranking]
                 for others in (False, True)
             )
             row = {"method": method, "size": size}
-            row |= _summary("faithfulness", *_shares(runs, closed, opened, draws))
+            row |= _summary("faithfulness", *_shares(alone, closed, opened, draws))
             row |= _summary("completeness", *_shares(rest, opened, closed, draws))
-            difference = torch.stack([run.difference for run in runs])
+            difference = torch.stack([run.difference for run in alone])
             row |= {"difference": float(difference.mean())}
             row |= {"accuracy": float((difference > 0).double().mean())}
-            if roots is not None:
-                row["attention"] = float(np.mean([_attention(run, roots) for run in runs]))
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -199,11 +193,11 @@ def _none() -> Int[Tensor, "0"]:
 
 
 def _shares(
-    runs: Sequence[Outcome], zero: Outcome, one: Outcome, draws: Float[np.ndarray, "sample prompt"]
+    found: Sequence[Answers], zero: Answers, one: Answers, draws: Float[np.ndarray, "sample prompt"]
 ) -> tuple[float, Float[np.ndarray, "drawn"]]:
     """Where the mean of runs lies between those of two others: the mean over runs, and samples."""
     low, high = (draws @ x.difference.double().cpu().numpy() for x in (zero, one))
-    totals = np.array([draws @ run.difference.double().cpu().numpy() for run in runs])
+    totals = np.array([draws @ run.difference.double().cpu().numpy() for run in found])
     shares = (totals - low) / (high - low)
     return float(shares[:, 0].mean()), shares[:, 1:].flatten()
 
@@ -211,11 +205,6 @@ def _shares(
 def _summary(name: str, value: float, samples: Float[np.ndarray, "drawn"]) -> dict[str, float]:
     low, high = np.quantile(samples, [0.025, 0.975])
     return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def _attention(run: Outcome, roots: pd.DataFrame) -> float:
-    where = [torch.tensor(roots[name].tolist()) for name in ("layer", "prompt", "head", "dest")]
-    return float(run.pattern[(*where, torch.tensor(roots["src"].tolist()))].mean())
 
 
 def edges_needed(table: pd.DataFrame, level: float = 0.8) -> pd.DataFrame:
@@ -238,31 +227,3 @@ def edges_needed(table: pd.DataFrame, level: float = 0.8) -> pd.DataFrame:
         stays = inside.groupby(table["method"]).cummin().astype(bool)
         found[name] = table[stays].groupby("method")["size"].min().reindex(methods)
     return pd.DataFrame(found).reset_index()
-
-
-def minimality(
-    board: Switchboard,
-    edges: Int[Tensor, "edge"],
-    by: Sequence[str] = EDGE,
-    *,
-    repeats: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """What a circuit loses with each of its edges, or groups of edges that agree in `by`.
-
-    One row a group, largest loss first: the columns `by`, edges (how many), drop (of
-    faithfulness) with its 95 % bootstrap interval over prompts, drop_low and drop_high. Costs one
-    run a group. Source: Wang et al. 2023, section 4.
-    """
-    closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
-    draws = prompt_draws(len(closed.difference), repeats, seed)
-    whole = run_switched(board, gates(board, edges)).difference
-    rows = []
-    for key, group in edge_table(board, edges).groupby(list(by), sort=False):
-        kept = edges[~torch.isin(edges, torch.tensor(group["edge"].tolist()))]
-        lost = whole - run_switched(board, gates(board, kept)).difference
-        # a drop is a difference of faithfulness: measured from closed, it is one of F
-        shifted = Outcome(closed.difference + lost, closed.pattern)
-        drop = _summary("drop", *_shares([shifted], closed, opened, draws))
-        rows.append(dict(zip(by, key, strict=True)) | {"edges": len(group)} | drop)
-    return pd.DataFrame(rows).sort_values("drop", ascending=False, ignore_index=True)

@@ -13,6 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparse_signals.core.forward import (
+    angles,
+    attention_weights,
+    norm_scale,
+    normalise,
+    read_out,
+)
 from sparse_signals.core.model import Model
 from sparse_signals.core.rotary import rotate
 from sparse_signals.interventions.changes import (
@@ -21,10 +28,10 @@ from sparse_signals.interventions.changes import (
     Changes,
     Clean,
     K,
-    Layers,
     Probes,
     Q,
     V,
+    attention_layers,
     clean_scores,
 )
 
@@ -37,13 +44,9 @@ zip_ = partial(zip, strict=True)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits of IO and S at the last token, and the score and attention weight of every probe.
-
-    `probability` of IO is NaN unless it was asked for: it needs the whole vocabulary.
-    """
+    """Logits of IO and S at the last token, and the score and attention weight of every probe."""
 
     logits: Float[Tensor, "row 2"]
-    probability: Float[Tensor, "row"]
     score: Float[Tensor, "probe"]
     attention: Float[Tensor, "probe"]
 
@@ -57,7 +60,6 @@ class Rows:
     of all rows. `score` and `attention` are those of the clean run until they are recomputed.
     """
 
-    layers: Layers
     clean: Clean
     prompt: Int[Tensor, "row"]
     layer: int
@@ -93,7 +95,7 @@ class Rows:
             return slice(0, 1)
         here = self.probes[self.probes.layer == layer]
         probed = (here.dest < self.clean.end[self.prompt[here.row]]).any()
-        if layer < self.layers.model.n_layers - 1 or probed:
+        if layer < self.clean.model.n_layers - 1 or probed:
             return slice(0, self.length)
         return slice(self.length - 1, self.length)
 
@@ -141,12 +143,10 @@ class Rows:
         k[row, :, self.places(slice(0, dirty))] = new_k
         v[row, :, self.places(slice(0, dirty))] = new_v
         self._change_inputs(layer, q, k, v)
-        scores = q[:, asked].transpose(1, 2) @ k.mT / self.layers.divisor[layer]
+        model = self.clean.model
+        scores = q[:, asked].transpose(1, 2) @ k.mT / model.divisor[layer].to(q)
         past = torch.arange(k.shape[2], device=k.device) <= self.places(asked)[..., None]
-        scores = scores.masked_fill(~past[:, None], -torch.inf)
-        # rotary models take the softmax in float32 whatever their dtype
-        kind = torch.float32 if self.layers.model.rotary else scores.dtype
-        pattern = scores.softmax(-1, dtype=kind).to(scores.dtype)
+        pattern = attention_weights(model, scores, past[:, None])
         self._report(layer, asked, scores, pattern)
         return (pattern @ v).transpose(1, 2).flatten(2)
 
@@ -154,12 +154,12 @@ class Rows:
         self, qkv: Float[Tensor, "row token qkv"]
     ) -> list[Float[Tensor, "row token head r"]]:
         """Queries and keys (turned, if rotary) and values, for every query head."""
-        model, angles = self.layers.model, self.layers.angles
+        model = self.clean.model
         sizes = [model.n_heads, model.n_kv_heads, model.n_kv_heads]
         parts = list(qkv.unflatten(-1, (sum(sizes), model.d_head)).split(sizes, dim=2))
-        if angles:
+        if model.rotary:
             places = self.places(slice(0, qkv.shape[1]))
-            cos, sin = (table[places][:, :, None] for table in angles)
+            cos, sin = (table[places][:, :, None] for table in angles(model))
             parts[:2] = [rotate(part, cos, sin) for part in parts[:2]]
         groups = model.n_heads // model.n_kv_heads
         return [parts[0], *(part.repeat_interleave(groups, dim=2) for part in parts[1:])]
@@ -196,7 +196,6 @@ class Rows:
 
 @torch.no_grad()
 def recompute(
-    layers: Layers,
     clean: Clean,
     prompt: Int[Tensor, "row"],
     stream: Changes,
@@ -204,7 +203,6 @@ def recompute(
     probes: Probes,
     *,
     freeze_norms: bool = False,
-    probability: bool = False,
 ) -> Outcome:
     """The outcome of every row: a full forward pass with its changes, up to rounding.
 
@@ -214,9 +212,9 @@ def recompute(
     Cost: that of the tokens from the first changed one on, in the layers from the first one on.
     Raises ValueError for a change after the last token of its prompt.
     """
-    shape = _shapes(layers.model, clean, prompt, stream, inputs)
-    read = torch.full((len(prompt), 3), torch.nan, dtype=torch.float64, device=prompt.device)
-    found = torch.stack(clean_scores(layers, clean, prompt, probes), dim=1)
+    shape = _shapes(clean, prompt, stream, inputs)
+    read = torch.zeros((len(prompt), 2), dtype=torch.float64, device=prompt.device)
+    found = torch.stack(clean_scores(clean, prompt, probes), dim=1)
     for wave in _waves(shape, clean.k.shape[3]):
         groups = []
         for rows, kind in wave:
@@ -225,20 +223,22 @@ def recompute(
             which = (local[probes.row] >= 0).nonzero().flatten()
             parts = (_localised(entries, local) for entries in (stream, inputs, probes))
             scores = found[which].unbind(1)
-            groups.append(Rows(layers, clean, prompt[rows], *kind, *parts, which, *scores))
+            groups.append(Rows(clean, prompt[rows], *kind, *parts, which, *scores))
         x = _run(groups, freeze_norms)
         of = torch.cat([rows for rows, _ in wave])
-        read[of] = _read_out(groups, x, freeze_norms, probability)
+        at = prompt[of]
+        scale = norm_scale(clean.model, clean.final[at]) if freeze_norms else None
+        read[of] = read_out(clean.model, x, clean.answers[at], scale).double()
         for group in groups:
             found[group.which] = torch.stack([group.score, group.attention], dim=1)
-    return Outcome(read[:, :2], read[:, 2], found[:, 0], found[:, 1])
+    return Outcome(read, found[:, 0], found[:, 1])
 
 
 # --- what has to be computed ---------------------------------------------------------------------
 
 
 def _shapes(
-    model: Model, clean: Clean, prompt: Int[Tensor, "row"], stream: Changes, inputs: Changes
+    clean: Clean, prompt: Int[Tensor, "row"], stream: Changes, inputs: Changes
 ) -> Int[Tensor, "row 4"]:
     """First layer and site of every row, its number of tokens, and how many are changed there.
 
@@ -258,7 +258,7 @@ def _shapes(
     def over_rows(values: Tensor, how: str, start: Tensor) -> Tensor:
         return start.clone().scatter_reduce(0, row, values, how, include_self=False)
 
-    last_layer, end = model.n_layers - 1, clean.end[prompt]
+    last_layer, end = clean.model.n_layers - 1, clean.end[prompt]
     unchanged = torch.full_like(prompt, 4 * last_layer + 1)
     low, high = (over_rows(step, how, unchanged) for how in ("amin", "amax"))
     first, last = (over_rows(token, how, end) for how in ("amin", "amax"))
@@ -297,33 +297,35 @@ def _localised(entries: Changes | Probes, local: Int[Tensor, "row"]) -> Changes 
 # --- the computation -----------------------------------------------------------------------------
 
 
-def _run(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "1 row d"]:
+def _run(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "row d"]:
     """The stream after the last layer at the last token of every row, group after group.
 
     Groups start in their order: sites are numbered in the order of computation.
     """
     xs: list[Stream] = []
-    for layer in range(groups[0].layer, groups[0].layers.model.n_layers):
+    for layer in range(groups[0].layer, groups[0].clean.model.n_layers):
         attending = [group for group in groups if group.attends(layer)]
         xs += [group.start() for group in attending[len(xs) :]]
         xs = _attend(attending, xs, layer, freeze)
         moving = [group for group in groups if group.layer <= layer]
         xs += [group.start() for group in moving[len(xs) :]]
         xs = _move(moving, xs, layer, freeze)
-    return torch.cat([x[:, -1] for x in xs])[None]
+    return torch.cat([x[:, -1] for x in xs])
 
 
 def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
     """x of every group after the attention of a layer."""
     if not groups:
         return []
-    layers, pre = groups[0].layers, groups[0].clean.pre[layer]
-    norm = partial(_norm, layers.model, layers.model.bridge.blocks[layer].ln1)
+    model, pre = groups[0].clean.model, groups[0].clean.pre[layer]
+    layers, norm = attention_layers(model), model.bridge.blocks[layer].ln1
     xs = [g.add_stream(x, layer, PRE, slice(0, g.length)) for g, x in zip_(groups, xs)]
     old = [g.clean_at(pre, slice(0, x.shape[1])) for g, x in zip_(groups, xs)] if freeze else []
-    qkv = _by_token(
-        lambda x, *old: norm(x, *old) @ layers.W_in[layer] + layers.b_in[layer], xs, old
-    )
+
+    def read(x: Stream, *old: Stream) -> Stream:
+        return _normalised(model, norm, x, *old) @ layers.W_in[layer] + layers.b_in[layer]
+
+    qkv = _by_token(read, xs, old)
     z = [group.attend(inputs, layer) for group, inputs in zip_(groups, qkv)]
     out = _by_token(lambda z: z @ layers.W_out[layer] + layers.b_out[layer], z)
     return [g.at_asked(x, layer) + more for g, x, more in zip_(groups, xs, out)]
@@ -331,11 +333,11 @@ def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) 
 
 def _move(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
     """x of every group after the MLP of a layer."""
-    model, mid = groups[0].layers.model, groups[0].clean.mid[layer]
+    model, mid = groups[0].clean.model, groups[0].clean.mid[layer]
     block = model.bridge.blocks[layer]
     xs = [g.add_stream(x, layer, MID, g.asked(layer)) for g, x in zip_(groups, xs)]
     old = [g.clean_at(mid, g.asked(layer)) for g in groups] if freeze else []
-    return _by_token(lambda x, *old: x + block.mlp(_norm(model, block.ln2, x, *old)), xs, old)
+    return _by_token(lambda x, *old: x + block.mlp(_normalised(model, block.ln2, x, *old)), xs, old)
 
 
 def _by_token(
@@ -350,30 +352,6 @@ def _by_token(
     return [part.view(*x.shape[:2], flat.shape[-1]) for part, x in parts]
 
 
-def _norm(model: Model, module: nn.Module, x: Stream, clean: Stream | None = None) -> Stream:
-    """The model's normalisation of x, or with the scale it has for `clean`."""
-    if clean is None:
-        return module(x)
-    if not module.uses_rms_norm:
-        x, clean = x - x.mean(-1, keepdim=True), clean - clean.mean(-1, keepdim=True)
-    scale = (clean.square().mean(-1, keepdim=True) + model.bridge.cfg.eps).sqrt()
-    return x / scale * module.w + (0 if module.uses_rms_norm else module.b)
-
-
-def _read_out(
-    groups: Sequence[Rows], x: Float[Tensor, "1 row d"], freeze: bool, probability: bool
-) -> Float[Tensor, "row 3"]:
-    """Logits of IO and S, and the probability of IO (NaN without the whole vocabulary)."""
-    model, clean = groups[0].layers.model, groups[0].clean
-    prompt = torch.cat([group.prompt for group in groups])
-    old = clean.final[prompt][None] if freeze else None
-    final, answers = _norm(model, model.bridge.ln_final, x, old)[0], clean.answers[prompt]
-    W_U, b_U = model.bridge.unembed.W_U, model.bridge.unembed.b_U
-    if probability:
-        every = final @ W_U + b_U
-        logits = every.gather(1, answers)
-        chance = (logits[:, 0] - every.logsumexp(-1)).exp()
-    else:
-        logits = torch.einsum("nd,nad->na", final, W_U.T[answers]) + b_U[answers]
-        chance = torch.full_like(logits[:, 0], torch.nan)
-    return torch.cat([logits, chance[:, None]], dim=1).double()
+def _normalised(model: Model, norm: nn.Module, x: Stream, clean: Stream | None = None) -> Stream:
+    """A normalisation of x, dividing by its own scale or by that of the clean stream."""
+    return normalise(model, norm, x, None if clean is None else norm_scale(model, clean))

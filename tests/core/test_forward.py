@@ -1,0 +1,291 @@
+"""The book's forward pass does what the bridge does with TransformerLens' own hooks."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from sparse_signals.core.checkpoints import read_checkpoint
+from sparse_signals.core.forward import Gates, forward, logit_difference
+from sparse_signals.core.model import logits, wrap_model
+from sparse_signals.core.prompts import Batch, PromptError
+from sparse_signals.core.run import run
+
+KINDS = ("gpt2", "llama", "qwen2")
+# In float64 rotary models still take softmax and some normalisations in float32.
+TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6}
+INPUTS = ("q", "k", "v", "mlp", "out")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind, request):
+    return request.getfixturevalue(f"tiny_{kind}")
+
+
+@pytest.fixture(scope="module")
+def batch(tokens, mask):
+    """Random tokens as prompts of several lengths; IO and S are any two tokens."""
+    numbers = torch.arange(len(tokens))
+    table = pd.DataFrame({"text": [""] * len(tokens)})
+    labels = [["?"] * int(n) for n in mask.sum(1)]
+    return Batch(table, tokens, mask, labels, {}, 3 + numbers, 20 + numbers)
+
+
+@pytest.fixture(scope="module")
+def ungrouped(tiny_directories):
+    """Every kind with keys and values of its own for each query head, and hooks at all inputs."""
+    return {kind: wrap_model(_ungrouped(tiny_directories[kind]), kind) for kind in KINDS}
+
+
+def _ungrouped(directory):
+    hf_model, _ = read_checkpoint(directory, torch.float64)
+    config = hf_model.config
+    shared = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if shared == config.num_attention_heads:
+        return hf_model
+    weights = hf_model.state_dict()
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = weight.unflatten(0, (shared, -1))
+            weights[name] = heads.repeat_interleave(config.num_attention_heads // shared, 0)
+            weights[name] = weights[name].flatten(0, 1)
+    config.num_key_value_heads = config.num_attention_heads
+    model = type(hf_model)(config).double()
+    model.load_state_dict(weights)
+    return model
+
+
+def random_gates(model, batch, names, rows=3, seed=0):
+    """Gates of some inputs, between −0.5 and 1.5, in rows that tokens use at random."""
+    generator = torch.Generator().manual_seed(seed)
+    row, place = (
+        torch.randint(n, batch.tokens.shape, generator=generator) for n in (rows, len(batch.tokens))
+    )
+    size = len(model.components) - 1
+    reference = run(model, replace(batch, tokens=batch.tokens.flip(0))).outputs[:, 2]
+    shapes = dict.fromkeys("qkv", (rows, model.n_layers, model.n_heads, size))
+    shapes |= {"mlp": (rows, model.n_layers, size), "out": (rows, size)}
+    values = {
+        name: 2 * torch.rand(shapes[name], dtype=torch.float64, generator=generator) - 0.5
+        for name in names
+    }
+    return Gates(row, reference, place, **values)
+
+
+def hooked(model, batch, gates):
+    """logit(IO) − logit(S) of the bridge, with every gated input replaced by one of its hooks."""
+    bridge, wrote, hooks = model.bridge, [], []
+    bridge.set_use_split_qkv_input(True)
+    bridge.set_use_hook_mlp_in(True)
+    bridge.set_use_attn_result(True)
+
+    def hook(name, function):
+        hooks.append((name, lambda value, hook: function(value)))
+
+    def mixed(gate):
+        now = torch.stack(wrote, dim=2)
+        old = gates.reference[:, : len(wrote)][gates.place]
+        shares = gate[..., : len(wrote)][gates.row]
+        return torch.einsum("pthc,ptcd->pthd", shares, now - old) + old.sum(2, keepdim=True)
+
+    def moved(value, layer):
+        biases = torch.einsum("hr,hrd->hd", model.writers.b_V[layer], model.writers.W_O[layer])
+        wrote.extend((value - biases).unbind(2))
+        wrote.append(model.writers.bias[layer].expand_as(wrote[0]))
+
+    hook("hook_embed", wrote.append)
+    if not model.rotary:
+        hook("hook_pos_embed", lambda x: wrote.append(x.expand_as(wrote[0])))
+    for layer in range(model.n_layers):
+        name = f"blocks.{layer}."
+        for side in "qkv":
+            gate = getattr(gates, side)
+            if gate is not None:
+                hook(f"{name}attn.hook_{side}_input", lambda _, g=gate[:, layer]: mixed(g))
+        hook(f"{name}attn.hook_result", lambda x, layer=layer: moved(x, layer))
+        if gates.mlp is not None:
+            gate = gates.mlp[:, layer, None]
+            hook(f"{name}hook_mlp_in", lambda _, g=gate: mixed(g).squeeze(2))
+        hook(f"{name}hook_mlp_out", wrote.append)
+    if gates.out is not None:
+        hook("ln_final.hook_in", lambda _: mixed(gates.out.unsqueeze(1)).squeeze(2))
+    return logit_difference(model, batch, hooks)
+
+
+def gap(a, b):
+    return float((a - b).abs().max())
+
+
+def test_without_changes_it_is_the_model(kind, model, batch):
+    with torch.no_grad():
+        found = forward(model, batch)
+    expected = run(model, batch)
+    for name in ("q", "k", "v", "z", "pattern", "mlp", "scale", "outputs"):
+        assert gap(getattr(found.run, name), getattr(expected, name)) < TOLERANCE[kind], name
+    assert gap(found.difference, logit_difference(model, batch)) < TOLERANCE[kind]
+    every = logits(model, batch.tokens, batch.last)
+    assert gap(found.logits, every.gather(1, batch.answers("a test"))) < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in INPUTS), INPUTS], ids="-".join)
+def test_gates_are_hooks_at_the_inputs(kind, model, ungrouped, batch, names):
+    """Three rows of gates: tokens of a row have theirs, for all of its prompts."""
+    gates = random_gates(model, batch, names)
+    with torch.no_grad():
+        found, clean = forward(model, batch, gates=gates), forward(model, batch)
+    assert gap(found.difference, hooked(ungrouped[kind], batch, gates)) < TOLERANCE[kind]
+    assert gap(found.difference, clean.difference) > 1e-4
+
+
+def test_every_token_can_have_gates_of_its_own(kind, model, ungrouped, batch):
+    gates = random_gates(model, batch, INPUTS, rows=batch.tokens.numel())
+    gates = replace(gates, row=torch.arange(batch.tokens.numel()).view(batch.tokens.shape))
+    with torch.no_grad():
+        found = forward(model, batch, gates=gates).difference
+    assert gap(found, hooked(ungrouped[kind], batch, gates)) < TOLERANCE[kind]
+
+
+def test_one_row_gates_pairs_of_components(tiny_gpt2, batch):
+    one = random_gates(tiny_gpt2, batch, INPUTS, rows=1)
+    rows = {name: getattr(one, name).expand(2, *getattr(one, name).shape[1:]) for name in INPUTS}
+    two = replace(random_gates(tiny_gpt2, batch, (), rows=2), place=one.place, **rows)
+    with torch.no_grad():
+        found = [forward(tiny_gpt2, batch, gates=gates).difference for gates in (one, two)]
+    assert gap(*found) < 1e-12
+
+
+def test_open_gates_are_the_model(kind, model, batch):
+    gates = random_gates(model, batch, INPUTS)
+    opened = {name: torch.ones_like(getattr(gates, name)) for name in INPUTS}
+    with torch.no_grad():
+        found = forward(model, batch, gates=replace(gates, **opened))
+    assert gap(found.difference, logit_difference(model, batch)) < TOLERANCE[kind]
+    assert gap(found.run.outputs, run(model, batch).outputs) < TOLERANCE[kind]
+
+
+def test_closed_gates_read_the_reference_alone(model, batch):
+    """Whatever the prompt: the last token of all prompts answers alike, for the same names."""
+    gates = random_gates(model, batch, INPUTS)
+    closed = {name: torch.zeros_like(getattr(gates, name)) for name in INPUTS}
+    gates = replace(gates, place=torch.zeros_like(gates.place), **closed)
+    alike = replace(batch, io=batch.io[:1].expand(8), s=batch.s[:1].expand(8))
+    with torch.no_grad():
+        found = forward(model, alike, gates=gates).difference
+    assert gap(found, found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_gradients_of_gates_are_finite_differences(kind, model, batch, name):
+    gates = random_gates(model, batch, INPUTS, rows=2)
+    value = getattr(gates, name).clone().requires_grad_()
+    total = forward(model, batch, gates=replace(gates, **{name: value})).difference.sum()
+    gradient = torch.autograd.grad(total, value)[0]
+    step, found = 1e-2 if model.rotary else 1e-5, []
+    for sign in (1, -1):
+        moved = value.detach() + sign * step * gradient / gradient.norm()
+        with torch.no_grad():
+            found.append(forward(model, batch, gates=replace(gates, **{name: moved})).difference)
+    slope = float((found[0] - found[1]).sum()) / (2 * step)
+    assert float(gradient.norm()) == pytest.approx(slope, rel=1e-2 if model.rotary else 1e-6)
+
+
+def test_gates_of_what_comes_later_do_nothing(tiny_gpt2, batch):
+    gates = random_gates(tiny_gpt2, batch, INPUTS[:4])
+    table, other = tiny_gpt2.components[:-1], {}
+    for name in INPUTS[:4]:
+        other[name] = getattr(gates, name).clone()
+        for layer in range(tiny_gpt2.n_layers):
+            later = table["layer"] > layer if name == "mlp" else table["layer"] >= layer
+            later |= table["component"] == f"MLP {layer}"
+            other[name][:, layer, ..., torch.tensor(later.tolist())] = 7
+    with torch.no_grad():
+        found = [forward(tiny_gpt2, batch, gates=x) for x in (gates, replace(gates, **other))]
+    assert gap(found[0].difference, found[1].difference) == 0
+
+
+def removed_from(model, batch, component):
+    """Something random, taken from what a component writes at every token."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (*batch.tokens.shape, len(model.components) - 1, model.d_model)
+    taken = 0.1 * torch.randn(*batch.tokens.shape, model.d_model, generator=generator).double()
+    place = model.components["component"].tolist().index(component)
+    removed = torch.zeros(shape, dtype=torch.float64)
+    removed[:, :, place] = taken
+    return removed, taken
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["recomputed", "frozen"])
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        ("embedding", "hook_embed"),
+        ("0.2", "blocks.0.hook_attn_out"),
+        ("bias 1", "blocks.1.hook_attn_out"),
+        ("MLP 1", "blocks.1.hook_mlp_out"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:A forward hook edited")
+def test_what_is_removed_is_a_hook_on_the_output(kind, model, batch, component, name, freeze):
+    removed, taken = removed_from(model, batch, component)
+    with torch.no_grad():
+        like = forward(model, batch).scales
+        found = forward(model, batch, removed=removed, like=like if freeze else None)
+    hooks = [(name, lambda value, hook: value - taken)]
+    if freeze:
+        hooks += frozen(model, batch)
+    assert gap(found.difference, logit_difference(model, batch, hooks)) < TOLERANCE[kind]
+    assert gap(found.difference, logit_difference(model, batch)) > 1e-3
+    stream = stream_of(model, batch, hooks)
+    assert gap(found.run.outputs.sum(2), stream) < TOLERANCE[kind] * stream.abs().max()
+
+
+def frozen(model, batch):
+    """Hooks that divide by what normalisations divide by without changes."""
+    norms = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln1", "ln2")]
+    names = [f"{name}.hook_scale" for name in [*norms, "ln_final"]]
+    with torch.no_grad():
+        kept = model.bridge.run_with_cache(batch.tokens, names_filter=lambda x: x in names)[1]
+    return [(name, lambda x, hook, scale=kept[name]: scale) for name in names]
+
+
+def stream_of(model, batch, hooks):
+    """The residual stream after the last layer."""
+    kept = {}
+    keep = (f"blocks.{model.n_layers - 1}.hook_resid_post", lambda x, hook: kept.update(last=x))
+    logit_difference(model, batch, [*hooks, keep])
+    return kept["last"]
+
+
+def test_frozen_scales_make_gated_inputs_linear(tiny_gpt2, batch):
+    """Closing two switches of one query moves its scores by the sum of both, if scales are kept."""
+    gates = random_gates(tiny_gpt2, batch, ("q",))
+    with torch.no_grad():
+        like = forward(tiny_gpt2, batch).scales
+    found = {}
+    for frozen_scales in (False, True):
+        queries = []
+        for closed in ([], [0], [3], [0, 3]):
+            q = torch.ones_like(gates.q)
+            q[:, 2, 1, closed] = 0
+            with torch.no_grad():
+                now = forward(
+                    tiny_gpt2,
+                    batch,
+                    gates=replace(gates, q=q),
+                    like=like if frozen_scales else None,
+                )
+            queries.append(now.run.q[2, :, 1])
+        clean, one, other, both = queries
+        found[frozen_scales] = gap(both - clean, one - clean + other - clean)
+    assert found[True] < 1e-12 < 1e-3 < found[False]
+
+
+def test_a_pass_needs_names(tiny_gpt2, batch):
+    with pytest.raises(PromptError, match="two names"):
+        forward(tiny_gpt2, replace(batch, io=None))
