@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from full_pass import full_pass
-from sparse_signals.core.model import load_model, logits, qk_weights
+from sparse_signals.core.model import BIAS_ROW, load_model, logits, qk_weights
 from sparse_signals.core.rotary import rotate, rotation
-from sparse_signals.core.run import BIAS_ROW, run_model
-from sparse_signals.heads.svd import head_svd, qk_forms
-from sparse_signals.interventions.changes import MID, PRE, K, Q, V
+from sparse_signals.core.run import run
+from sparse_signals.heads.svd import head_svd
+from sparse_signals.interventions.case import Case
+from sparse_signals.interventions.changes import MID, PRE, K, Q, V, clean_run
 from sparse_signals.interventions.edge_signals import (
-    PathQuirks,
     other_signals,
     random_signals,
     read_signals,
     solve,
 )
-from sparse_signals.interventions.intervene import intervene
-from traced import SETTINGS, Case, ioi_case, random_case
+from sparse_signals.interventions.intervene import intervene_on
+from traced import ioi_case, random_case
 
 KINDS = ("gpt2", "llama", "qwen2", "ioi")
 # In float64 rotary models still take angles, softmax and the last normalisation in float32.
@@ -42,19 +42,18 @@ def case(request, cases):
     return cases[request.param]
 
 
-def signals_of(case, edges=None, **quirks):
-    return read_signals(case.weights, case.batch, case.trace, edges, PathQuirks(**quirks))
+def signals_of(case, edges=None):
+    return read_signals(case.traced, edges)
 
 
-def run(case, signals, rows=None, **options):
-    return intervene(case.layers, case.clean, signals, rows, **options)
+def results(case, signals, rows=None, **options):
+    return intervene_on(case.clean, signals, rows, **options)
 
 
 def sample(case, n, seed=0):
     """Some edges, every kind of upstream component among them."""
-    edges = case.trace.edges.sample(frac=1, random_state=seed)
-    kinds = edges["upstream"].astype(str).str.split(r"[ .]").str[0]
-    first = edges.groupby([kinds, "side"]).head(1)
+    edges = case.traced.edges.sample(frac=1, random_state=seed)
+    first = edges.groupby(["kind", "side"]).head(1)
     return pd.concat([first, edges.drop(first.index)]).head(n)
 
 
@@ -63,56 +62,39 @@ def sample(case, n, seed=0):
 
 def image(case, edge, x):
     """The query or key part that the head of an edge reads from x (centred, through the gain)."""
-    w = qk_weights(case.model)
+    w = qk_weights(case.traced.model)
     x = x.double() - (x.double().mean() if w.centred else 0)
     W = (w.W_Q if edge.side == "dest" else w.W_K)[edge.layer, edge.head]
     y = (x * w.gain[edge.layer]) @ W
-    if case.model.rotary:
-        cos, sin = rotation(case.model, torch.tensor([edge.token]))
+    if case.traced.model.rotary:
+        cos, sin = rotation(case.traced.model, torch.tensor([edge.token]))
         y = rotate(y[None], cos, sin)[0]
     return y
 
 
 def test_signals_have_the_coordinates_of_the_support_alone(case):
     signals = signals_of(case, sample(case, 60))
-    maps = {"dest": case.weights.maps.dest, "src": case.weights.maps.src}
+    svd = head_svd(case.traced.model)
+    maps = {"dest": svd.dest_map, "src": svd.src_map}
     for n, edge in enumerate(signals.edges.itertuples()):
         if edge.upstream == BIAS_ROW:
             continue
         basis = maps[edge.side][edge.layer, edge.head]
-        heard = image(case, edge, signals.delta[n]) @ basis
+        found = image(case, edge, signals.delta[n]) @ basis
         wanted = image(case, edge, signals.written[n]) @ basis * signals.chosen[n]
-        assert (heard - wanted).abs().max() < 1e-8 * wanted.abs().max()
+        assert (found - wanted).abs().max() < 1e-8 * wanted.abs().max()
 
 
 def test_signals_are_the_smallest_such_changes(case):
     """Adding what the head does not hear can only make them longer: they are orthogonal to it."""
     signals = signals_of(case, sample(case, 20))
-    w = qk_weights(case.model)
+    w = qk_weights(case.traced.model)
     for n, edge in enumerate(signals.edges.itertuples()):
         W = (w.W_Q if edge.side == "dest" else w.W_K)[edge.layer, edge.head]
         W = w.gain[edge.layer][:, None] * W
         W = W - W.mean(0) if w.centred else W
         inside = W @ torch.linalg.lstsq(W, signals.delta[n][:, None]).solution
         assert (inside[:, 0] - signals.delta[n]).norm() < 1e-8 * signals.delta[n].norm()
-
-
-def projected(case, signals, constant):
-    """V_S V_Sᵀ x (U_S U_Sᵀ x on the destination side) in d + 1 dimensions, from the thin SVD."""
-    svd = head_svd(qk_forms(case.model))
-    for n, edge in enumerate(signals.edges.itertuples()):
-        basis = (svd.U if edge.side == "dest" else svd.V)[edge.layer, edge.head]
-        P = basis[:, signals.chosen[n]]
-        x = torch.cat([signals.written[n].double(), torch.tensor([float(constant)])])
-        yield n, (P @ (P.T @ x))[:-1]
-
-
-def test_the_quirk_keeps_a_constant(cases):
-    case = cases["ioi"]
-    edges = case.trace.edges[case.trace.edges["upstream"] != BIAS_ROW]
-    signals = signals_of(case, edges.sample(40, random_state=0), keep_constant=True)
-    for n, expected in projected(case, signals, constant=1):
-        assert (signals.delta[n] - expected).norm() < 1e-9 * expected.norm()
 
 
 def test_without_biases_signals_are_projections(tiny_directories, tmp_path, tokens, mask):
@@ -124,29 +106,31 @@ def test_without_biases_signals_are_projections(tiny_directories, tmp_path, toke
         block.ln_1.bias.data[:] = 0
     model.save_pretrained(tmp_path)
     case = random_case(load_model(tmp_path, device="cpu", dtype=torch.float64), tokens, mask)
-    signals = signals_of(case, case.trace.edges.head(60))
-    for n, expected in projected(case, signals, constant=0):
-        assert (signals.delta[n] - expected).norm() < 1e-9 * expected.norm()
+    signals = signals_of(case, case.traced.edges.head(60))
+    svd = head_svd(case.traced.model)
+    for n, edge in enumerate(signals.edges.itertuples()):
+        basis = (svd.U if edge.side == "dest" else svd.V)[edge.layer, edge.head, :-1]
+        P = basis[:, signals.chosen[n]]
+        projected = P @ (P.T @ signals.written[n])
+        assert (signals.delta[n] - projected).norm() < 1e-9 * projected.norm()
 
 
 # --- interventions -------------------------------------------------------------------------------
 
 
-def site_of(upstream):
+def site_of(model, upstream):
     """Layer and site at which a component of the residual stream is changed."""
-    kind, _, number = upstream.partition(" ")
-    if kind in ("embedding", "position"):
-        return 0, PRE
-    if kind == "MLP":
-        return int(number) + 1, PRE
-    return int(number or kind.split(".")[0]), MID
+    row = model.components.set_index("component").loc[upstream]
+    if row["kind"] in ("head", "bias"):
+        return int(row["layer"]), MID
+    return (int(row["layer"]) + 1 if row["kind"] == "MLP" else 0), PRE
 
 
 def changes(case, signals, n, scope, sign, quirk=False):
     """The changes of an edge as a full pass takes them, from the model's own weights."""
     edge, delta = next(signals.edges.iloc[[n]].itertuples()), sign * signals.delta[n].double()
     if scope == "global":
-        return [(*site_of(edge.upstream), 0, edge.token, delta)]
+        return [(*site_of(case.traced.model, edge.upstream), 0, edge.token, delta)]
     delta = delta / signals.scale[n]
     sites = {Q: replace_side(edge, "dest"), K: replace_side(edge, "src")}
     own = Q if edge.side == "dest" else K
@@ -156,8 +140,9 @@ def changes(case, signals, n, scope, sign, quirk=False):
         if quirk or site == own
     ]
     if quirk:
-        w, groups = qk_weights(case.model), case.model.n_heads // case.model.n_kv_heads
-        W_V = case.model.bridge.blocks[edge.layer].attn.W_V[edge.head // groups]
+        model, w = case.traced.model, qk_weights(case.traced.model)
+        groups = model.n_heads // model.n_kv_heads
+        W_V = model.bridge.blocks[edge.layer].attn.W_V[edge.head // groups]
         x = delta - (delta.mean() if w.centred else 0)
         vector = (x * w.gain[edge.layer]) @ W_V.double()
         found.append((edge.layer, V, edge.head, edge.token, vector))
@@ -170,10 +155,10 @@ def replace_side(edge, side):
 
 def expected(case, edge, changes):
     """Logit difference, score and attention of a full pass."""
-    tokens = case.batch.tokens[edge.prompt][case.batch.mask[edge.prompt]]
+    tokens = case.traced.batch.tokens[edge.prompt][case.traced.batch.mask[edge.prompt]]
     probe = edge.layer, edge.head, edge.dest, edge.src
-    every, score, weight = full_pass(case.model, tokens, changes, probe)
-    io, s = case.batch.io[edge.prompt], case.batch.s[edge.prompt]
+    every, score, weight = full_pass(case.traced.model, tokens, changes, probe)
+    io, s = case.traced.batch.io[edge.prompt], case.traced.batch.s[edge.prompt]
     return np.array([float(every[-1, io] - every[-1, s]), score, weight])
 
 
@@ -193,7 +178,7 @@ def gap(case, table, signals, quirk=False):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_full_passes(cases, kind):
     signals = signals_of(cases[kind], sample(cases[kind], 12))
-    table = run(cases[kind], signals)
+    table = results(cases[kind], signals)
     assert set(table["scope"]) == {"global", "local"} and set(table["mode"]) == set(SIGN)
     assert gap(cases[kind], table, signals) < TOLERANCE[kind]
 
@@ -203,29 +188,29 @@ def test_equal_to_full_passes_in_float32(tokens, mask, tiny_directories):
         model = load_model(tiny_directories[kind], device="cpu")
         case = random_case(model, tokens, mask)
         signals = signals_of(case, sample(case, 8))
-        assert gap(case, run(case, signals), signals) < 1e-5
+        assert gap(case, results(case, signals), signals) < 1e-5
 
 
 def test_the_shipped_model_in_float32():
     exact = ioi_case()
     model = load_model("gpt2-ioi", device="cpu")
-    case = Case(model, exact.batch, [], SETTINGS, exact.trace)
+    traced = replace(exact.traced, model=model)
+    case = Case(traced, clean_run(model, traced.batch))
     signals = signals_of(case, sample(case, 12))
-    size = logits(model, case.batch.tokens).abs().max()
-    assert gap(case, run(case, signals), signals) < 1e-5 * size
+    size = logits(model, case.traced.batch.tokens).abs().max()
+    assert gap(case, results(case, signals), signals) < 1e-5 * size
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patching_all_inputs(cases, kind):
     signals = signals_of(cases[kind], sample(cases[kind], 8))
-    quirks = PathQuirks(patch_qkv=True)
-    table = run(cases[kind], signals, quirks=quirks, scopes=["local"])
+    table = results(cases[kind], signals, patch_qkv=True, scopes=["local"])
     assert gap(cases[kind], table, signals, quirk=True) < TOLERANCE[kind]
 
 
 def test_local_ablation_takes_the_traced_weight_from_the_score(case):
-    table = run(case, signals_of(case), scopes=["local"])
-    assert BIAS_ROW in set(table["upstream"]) or case.model.name != "tiny-qwen2"
+    table = results(case, signals_of(case), scopes=["local"])
+    assert BIAS_ROW in set(table["upstream"]) or case.traced.model.name != "tiny-qwen2"
     expected = table["weight"] * table["mode"].map(SIGN)
     assert (table["score_change"] - expected).abs().max() < 1e-9
 
@@ -236,7 +221,7 @@ def test_full_support_removes_the_component_from_query_or_key(case):
     signals = signals_of(case, edges)
     everything = torch.ones_like(signals.chosen)
     whole = replace(signals, delta=solve(signals, everything))
-    table = run(case, whole, scopes=["local"], modes=["ablate"])
+    table = results(case, whole, scopes=["local"], modes=["ablate"])
     for n, row in enumerate(table.itertuples()):
         site = Q if row.side == "dest" else K
         removed = image(case, row, -signals.written[n] / signals.scale[n])
@@ -250,12 +235,12 @@ def expected_score(case, row, change):
 
 def test_ablating_and_boosting_are_opposite(case):
     signals = signals_of(case, sample(case, 60))
-    table = run(case, signals).set_index(["scope", "edge", "mode"]).sort_index()
+    table = results(case, signals).set_index(["scope", "edge", "mode"]).sort_index()
     ablated, boosted = (table.xs(mode, level="mode") for mode in ("ablate", "boost"))
     local = ablated.loc["local", "score_change"] + boosted.loc["local", "score_change"]
     assert local.abs().max() < 1e-9
     written = signals.written.double()
-    if case.model.name in ("tiny-gpt2", "gpt2-ioi"):
+    if case.traced.model.name in ("tiny-gpt2", "gpt2-ioi"):
         written = written - written.mean(-1, keepdim=True)
     size = pd.Series(written.norm(dim=-1).numpy())[ablated.loc["global"].index]
     squares = ablated.loc["global", "norm_ratio"] ** 2 + boosted.loc["global", "norm_ratio"] ** 2
@@ -266,18 +251,18 @@ def test_ablating_and_boosting_are_opposite(case):
 def test_cosine_and_ratio_of_a_component_that_is_all_signal(cases):
     """Half of what was written is taken: same direction, half the length."""
     case = cases["ioi"]
-    edges = case.trace.edges[case.trace.edges["upstream"] == "embedding"].head(3)
+    edges = case.traced.edges[case.traced.edges["upstream"] == "embedding"].head(3)
     signals = signals_of(case, edges)
     centred = signals.written - signals.written.mean(-1, keepdim=True)
-    table = run(case, replace(signals, delta=centred / 2), scopes=["global"], modes=["ablate"])
+    table = results(case, replace(signals, delta=centred / 2), scopes=["global"], modes=["ablate"])
     assert np.allclose(table["cosine"], 1) and np.allclose(table["norm_ratio"], 0.5)
 
 
 def test_the_bias_row_is_changed_locally_alone(cases):
     case = cases["qwen2"]
-    edges = case.trace.edges
+    edges = case.traced.edges
     signals = signals_of(case, edges[edges["upstream"] == BIAS_ROW].head(4))
-    table = run(case, signals)
+    table = results(case, signals)
     assert set(table["scope"]) == {"local"} and len(table) == 8
 
 
@@ -288,12 +273,12 @@ def test_the_bias_row_is_changed_locally_alone(cases):
 @pytest.mark.parametrize("kind", KINDS)
 def test_joint_is_the_sum_of_the_changes(cases, kind, scope):
     case = cases[kind]
-    edges = case.trace.edges[case.trace.edges["upstream"] != BIAS_ROW]
+    edges = case.traced.edges[case.traced.edges["upstream"] != BIAS_ROW]
     edges = edges.sample(frac=1, random_state=2).groupby("prompt").head(4).sort_values("prompt")
     edges = edges[edges["prompt"] < 4]
     signals = signals_of(case, edges)
     rows = torch.tensor(signals.edges["prompt"].to_numpy())
-    table = run(case, signals, rows, scopes=[scope], modes=["ablate"])
+    table = results(case, signals, rows, scopes=[scope], modes=["ablate"])
     assert table["row"].tolist() == rows.tolist()
     for row in table.itertuples():
         members = np.flatnonzero(table["row"] == row.row)
@@ -305,14 +290,14 @@ def test_joint_is_the_sum_of_the_changes(cases, kind, scope):
 def test_joint_of_one_edge_is_single(cases):
     signals = signals_of(cases["ioi"], sample(cases["ioi"], 10))
     rows = torch.randperm(10, generator=torch.Generator().manual_seed(0)) + 5
-    joint, single = run(cases["ioi"], signals, rows), run(cases["ioi"], signals)
+    joint, single = results(cases["ioi"], signals, rows), results(cases["ioi"], signals)
     pd.testing.assert_frame_equal(joint.drop(columns="row"), single.drop(columns="row"), atol=1e-12)
 
 
 def test_the_order_of_edges_does_not_matter(cases):
     edges = sample(cases["ioi"], 30)
-    there = run(cases["ioi"], signals_of(cases["ioi"], edges))
-    back = run(cases["ioi"], signals_of(cases["ioi"], edges.iloc[::-1]))
+    there = results(cases["ioi"], signals_of(cases["ioi"], edges))
+    back = results(cases["ioi"], signals_of(cases["ioi"], edges.iloc[::-1]))
     order = ["scope", "mode", "firing", "side", "upstream"]
     there, back = (x.sort_values(order).drop(columns=["edge", "row"]) for x in (there, back))
     pd.testing.assert_frame_equal(
@@ -322,18 +307,18 @@ def test_the_order_of_edges_does_not_matter(cases):
 
 def test_refusals(cases):
     case = cases["ioi"]
-    signals = signals_of(case, case.trace.edges.groupby("prompt").head(1))
+    signals = signals_of(case, case.traced.edges.groupby("prompt").head(1))
     with pytest.raises(ValueError, match="different prompts in one row"):
-        run(case, signals, torch.zeros(len(signals), dtype=torch.long))
+        results(case, signals, torch.zeros(len(signals), dtype=torch.long))
     late = replace(case.clean, first_prompt=3)
     with pytest.raises(ValueError, match="not in the clean run"):
-        intervene(case.layers, late, signals)
+        intervene_on(late, signals)
 
 
 def test_no_edges_no_rows(cases):
     case = cases["ioi"]
-    table = run(case, signals_of(case, case.trace.edges.head(0)), probability=True)
-    full = run(case, signals_of(case, case.trace.edges.head(1)), probability=True)
+    table = results(case, signals_of(case, case.traced.edges.head(0)))
+    full = results(case, signals_of(case, case.traced.edges.head(1)))
     assert len(table) == 0 and list(table.columns) == list(full.columns)
 
 
@@ -366,7 +351,7 @@ def test_random_controls_depend_on_the_edge_alone(cases):
 def test_random_controls_are_uniform(cases):
     """Every vector outside the support is drawn equally often."""
     case = cases["ioi"]
-    signals = signals_of(case, case.trace.edges.head(1))
+    signals = signals_of(case, case.traced.edges.head(1))
     draws = sum(random_signals(signals, n).chosen[0].double() for n in range(400))
     left = ~signals.chosen[0]
     share = draws[left] / 400
@@ -377,7 +362,7 @@ def test_random_controls_are_uniform(cases):
 def test_controls_from_other_prompts(cases):
     case = cases["ioi"]
     signals = signals_of(case)
-    control = other_signals(signals, case.batch, seed=1)
+    control = other_signals(signals, case.traced.batch, seed=1)
     assert 0 < len(control) < len(signals)
     norm = signals.delta[torch.tensor(control.edges["edge"].to_numpy())].norm(dim=-1)
     assert (control.delta.norm(dim=-1) / norm - 1).abs().max() < 1e-9
@@ -393,13 +378,27 @@ def test_controls_from_other_prompts(cases):
 def test_what_components_wrote(case):
     """As in the run that the trace is made from, where everything is computed at once."""
     signals = signals_of(case)
-    outputs = run_model(case.model, case.batch.tokens, case.batch.mask).outputs
+    whole = run(case.traced.model, case.traced.batch)
     stream = signals.edges["upstream"] != BIAS_ROW
-    names = pd.Index(case.weights.components["component"])
+    names = pd.Index(case.traced.model.components["component"])
     place = names.get_indexer(signals.edges.loc[stream, "upstream"])
     prompt, token = (signals.edges.loc[stream, x].to_numpy(copy=True) for x in ("prompt", "token"))
-    gap = signals.written[np.flatnonzero(stream)] - outputs[prompt, token, place]
+    gap = signals.written[np.flatnonzero(stream)] - whole.outputs[prompt, token, place]
     assert gap.abs().max() < 1e-12
+    assert (read_signals(case.traced, run=whole).delta - signals.delta).abs().max() < 1e-12
+
+
+def test_what_components_wrote_in_another_run(cases):
+    """Prompts are those of the run: where MLPs wrote twice as much, so do the signals say."""
+    case = cases["ioi"]
+    whole = run(case.traced.model, case.traced.batch)
+    edges = case.traced.edges
+    edges = edges[edges["kind"].isin(["MLP", "head"])]
+    other = replace(whole, mlp=2 * whole.mlp, scale=2 * whole.scale)
+    before, after = (read_signals(case.traced, edges, run=x) for x in (whole, other))
+    times = torch.tensor(np.where(edges["kind"] == "MLP", 2.0, 1.0))[:, None]
+    assert (after.delta - times * before.delta).abs().max() < 1e-12
+    assert torch.equal(after.scale, 2 * before.scale)
 
 
 def test_read_signals_in_chunks(cases, monkeypatch):

@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 
 from sparse_signals.app.notebook import published
-from sparse_signals.core.run import BIAS_ROW
-from sparse_signals.interventions.case import head_name, prepare
-from sparse_signals.interventions.intervene import Plan
+from sparse_signals.core.model import BIAS_ROW
+from sparse_signals.core.run import run
+from sparse_signals.interventions.case import prepare
+from sparse_signals.interventions.intervene import Plan, intervene, summary
+from sparse_signals.interventions.joint_effects import interactions, strongest_players
 from sparse_signals.interventions.published import (
     EXPERIMENTS,
     alone_and_together,
@@ -16,14 +18,11 @@ from sparse_signals.interventions.published import (
     edge_sets,
     find_movers,
     first_heads,
-    interaction_table,
     joint_experiments,
     joint_of_sets,
     knock_outs,
     published_experiments,
-    summed_up,
     sweep_facts,
-    swept,
     takeovers,
     two_effects,
 )
@@ -35,17 +34,20 @@ from sparse_signals.tracing.roots import Root
 def case():
     """Movers 2.0 and 3.0 listen to 1.0 and 1.1, and these to 0.0."""
     two = planted("redundant", prompts=8)
-    return prepare(two.model, two.batch, [Root(n, 0, "end", "IO") for n in (2, 3)])
+    return prepare(run(two.model, two.batch), [Root(n, 0, "end", "IO") for n in (2, 3)])
 
 
 def test_rules_find_the_planted_heads(case):
-    assert {head_name(root) for root in find_movers(case.model, case.batch)} == {"2.0", "3.0"}
-    assert sorted(common_heads(case, ["2.0", "3.0"])) == ["1.0", "1.1"]
-    assert sorted(first_heads(case)) == ["1.0", "1.1"]  # the first layer has one head alone
+    assert {root.name for root in find_movers(case.traced.model, case.traced.batch)} == {
+        "2.0",
+        "3.0",
+    }
+    assert sorted(common_heads(case.traced, ["2.0", "3.0"])) == ["1.0", "1.1"]
+    assert sorted(first_heads(case.traced)) == ["1.0", "1.1"]  # the first layer has one head alone
 
 
 def test_sets_are_those_of_the_experiments(case):
-    sets = edge_sets(case)
+    sets = edge_sets(case.traced)
     assert list(sets) == list(EXPERIMENTS)
     edges = case.traced.edges
     one, other = (edges[mask] for mask in sets["A"])
@@ -64,7 +66,7 @@ def test_backups_are_unmasked_jointly(case):
     found = joint_of_sets(case, first, second, "global")
     assert found["together"] < -10 and abs(found["first"]) < 2 and abs(found["second"]) < 2
     assert found["first"] + found["second"] == pytest.approx(-found["summed"])
-    assert found["prompts"] == len(case.batch.tokens)
+    assert found["prompts"] == len(case.traced.batch.tokens)
 
 
 def test_experiments_have_their_ratio(case):
@@ -82,21 +84,22 @@ def test_sets_without_a_common_prompt_have_no_joint_effect(case):
 
 
 def test_edges_alone_and_together(case):
-    table = alone_and_together(case, case.roots[0]).set_index("edge")
+    table = alone_and_together(case, case.traced.roots[0]).set_index("edge")
     assert table["kind"].tolist() == ["alone", "alone", "sum", "together"]
     assert table.loc[["1.0", "1.1"], "value"].sum() == pytest.approx(table.loc["sum", "value"])
     assert table.loc["together", "low"] > 10
-    pair = interaction_table(case, case.roots[0])
-    assert pair[["first", "second"]].to_numpy().tolist() == [["1.0", "1.1"]]
+    pair = interactions(case.clean, strongest_players(case.traced, "2.0"))
     gap = table.loc["together", "value"] - table.loc["sum", "value"]
     assert pair["value"].item() == pytest.approx(gap)
 
 
 def test_sweep_of_the_commonest_edges(case):
-    edges = commonest_edges(case, 3)
-    assert BIAS_ROW not in set(edges["upstream"]) and len(edges) == 3 * len(case.batch.tokens)
-    found = summed_up(swept(case, Plan(randoms=1), 3), case.batch)
-    assert found["edge"].nunique() == 3 and found["edge"].str.contains(" → ").all()
+    edges = commonest_edges(case.traced, 3)
+    assert BIAS_ROW not in set(edges["upstream"]) and len(edges) == 3 * len(
+        case.traced.batch.tokens
+    )
+    found = summary(intervene(case.traced, edges, Plan(randoms=1)), case.traced.batch)
+    assert found["edge"].nunique() == 3
     assert "random" not in set(found["control"])  # the supports leave no vector to draw
     facts = sweep_facts(found).set_index("fact")
     assert set(facts.index) <= set(published()["intervention_summary"])
@@ -108,11 +111,11 @@ def test_sweep_of_the_commonest_edges(case):
 def test_first_prompts_alone(case):
     few = case.first(2)
     assert few.traced.edges["prompt"].max() == 1 and len(few.clean.end) == 2
-    assert len(swept(few, Plan(), 2)) > 0
+    assert len(intervene(few.traced, commonest_edges(few.traced, 2))) > 0
 
 
 def test_knock_outs_with_free_and_frozen_scales(case):
-    states = takeovers({"planted": knock_outs(case, case.roots[0], 1)})
+    states = takeovers({"planted": knock_outs(case, case.traced.roots[0], 1)})
     assert set(states["scales"]) == {"recomputed", "frozen"}
     back = states[(states["measure"] == "returned") & (states["scales"] == "frozen")]
     assert back["value"].item() == pytest.approx(0, abs=1e-6)

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
+from sparse_signals.core.model import BIAS_ROW
 from sparse_signals.core.prompts import roles_of
-from sparse_signals.core.run import BIAS_ROW
-from sparse_signals.interventions import intervene as sweeps
+from sparse_signals.interventions import intervene as module
 from sparse_signals.interventions.changes import clean_run
 from sparse_signals.interventions.edge_signals import read_signals
-from sparse_signals.interventions.intervene import Plan, intervene, summary, sweep
+from sparse_signals.interventions.intervene import Plan, intervene, intervene_on, summary
 from sparse_signals.tracing.circuit import KEY
 from traced import ioi_case, random_batch
 
@@ -28,12 +28,12 @@ def table(case):
 
 
 def some_edges(case):
-    return case.trace.edges.groupby("prompt").head(8)
+    return case.traced.edges.groupby("prompt").head(8)
 
 
 def run(case, edges=None, plan=PLAN, **options):
     edges = some_edges(case) if edges is None else edges
-    return sweep(case.model, case.batch, case.trace, edges, plan, weights=case.weights, **options)
+    return intervene(case.traced, edges, plan, **options)
 
 
 def test_every_edge_scope_mode_and_control(case, table):
@@ -45,9 +45,8 @@ def test_every_edge_scope_mode_and_control(case, table):
     assert (counts.loc["random", "local"] > 0.9 * len(edges)).all(axis=None)
 
 
-def test_signals_are_what_intervene_gives(case, table):
-    signals = read_signals(case.weights, case.batch, case.trace, some_edges(case))
-    alone = intervene(case.layers, case.clean, signals)
+def test_signals_have_the_effects_of_intervene_on(case, table):
+    alone = intervene_on(case.clean, read_signals(case.traced, some_edges(case)))
     ours = table[table["control"] == "signal"].reset_index(drop=True)
     order = ["scope", "mode", "edge"]
     ours, alone = (x.sort_values(order).reset_index(drop=True) for x in (ours, alone))
@@ -73,35 +72,42 @@ def test_an_interrupted_sweep_goes_on(case, monkeypatch, tmp_path):
         done.append(rows)
         return real(model, batch, rows)
 
-    monkeypatch.setattr(sweeps, "clean_run", stop_after_two)
+    monkeypatch.setattr(module, "clean_run", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(case, plan=Plan(), folder=tmp_path)
     again = []
-    monkeypatch.setattr(sweeps, "clean_run", lambda *args: again.append(args[2]) or real(*args))
+    monkeypatch.setattr(module, "clean_run", lambda *args: again.append(args[2]) or real(*args))
     resumed = run(case, plan=Plan(), folder=tmp_path)
     assert len(done) == 2 and again and not set(map(str, done)) & set(map(str, again))
-    monkeypatch.setattr(sweeps, "clean_run", None)
+    monkeypatch.setattr(module, "clean_run", None)
     pd.testing.assert_frame_equal(run(case, plan=Plan(), folder=tmp_path), resumed)
     with pytest.raises(TypeError):  # other edges are another sweep
-        run(case, case.trace.edges.head(5), Plan(), folder=tmp_path)
+        run(case, case.traced.edges.head(5), Plan(), folder=tmp_path)
+
+
+def test_chunks_of_another_size_are_another_sweep(case, monkeypatch, tmp_path):
+    monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**21)
+    small = run(case, plan=Plan(), folder=tmp_path)
+    monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**22)
+    assert len(run(case, plan=Plan(), folder=tmp_path)) == len(small)
 
 
 def test_no_edges_give_an_empty_table(case, table):
-    nothing = run(case, case.trace.edges.head(0))
+    nothing = run(case, case.traced.edges.head(0))
     assert len(nothing) == 0 and list(nothing.columns) == list(table.columns)
-    assert len(summary(nothing, case.batch)) == 0
+    assert len(summary(nothing, case.traced.batch)) == 0
 
 
 # --- pooled --------------------------------------------------------------------------------------
 
 
 def test_summary_is_a_mean_over_prompts(case, table):
-    pooled = summary(table, case.batch)
+    pooled = summary(table, case.traced.batch)
     row = pooled[(pooled["control"] == "random") & (pooled["prompts"] > 2)].iloc[0]
     mine = table[table["control"] == "random"]
     for name in ("scope", "mode", "upstream", "downstream", "side"):
         mine = mine[mine[name] == row[name]]
-    roles = roles_of(case.batch)
+    roles = roles_of(case.traced.batch)
     for end in ("dest", "src"):
         wanted = roles[roles["role"] == row[f"{end}_role"]]
         places = pd.MultiIndex.from_frame(wanted[["prompt", "pos"]])
@@ -112,8 +118,18 @@ def test_summary_is_a_mean_over_prompts(case, table):
     assert row["low"] <= row["value"] <= row["high"]
 
 
+def test_summary_names_edges(case, table):
+    named = summary(table, case.traced.batch).drop_duplicates([*KEY, "edge"])
+    assert len(named) == len(named[KEY].drop_duplicates()) == named["edge"].nunique()
+    row = named[named["side"] == "src"].iloc[0]
+    words = f"{row['upstream']} → {row['downstream']} k ({row['dest_role']}→{row['src_role']})"
+    assert row["edge"] == words
+
+
 def test_summary_has_paired_differences(case, table):
-    pooled = summary(table, case.batch).set_index([*KEY, "scope", "mode", "measure", "control"])
+    pooled = summary(table, case.traced.batch).set_index(
+        [*KEY, "scope", "mode", "measure", "control"]
+    )
     kinds = pooled["value"].unstack("control")
     prompts = pooled["prompts"].unstack("control")
     paired = prompts["signal − random"] == prompts["signal"]

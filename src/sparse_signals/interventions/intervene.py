@@ -220,7 +220,7 @@ def _inputs(model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv:
         *(x.repeat(times) for x in (row, layer)),
         torch.cat(sites),
         *(x.repeat(times) for x in (head, token, torch.ones_like(signals.scale))),
-        torch.arange(times * len(row), device=device),
+        torch.arange(times * len(row), device=row.device),
         torch.cat(vectors),
     )
 
