@@ -34,6 +34,16 @@ function unlabel() {
   }
 }
 
+// The theme opens a solution only by a click beside the link in its title: here the link opens it too.
+function openByTitle(event) {
+  const title = event.target.closest(".toggle > .admonition-title");
+  if (!title || event.target === title) return;
+  event.preventDefault();
+  event.stopPropagation();
+  title.click();
+}
+
+document.addEventListener("click", openByTitle, { capture: true });
 document.addEventListener("DOMContentLoaded", () => {
   unlabel();
   watch();
