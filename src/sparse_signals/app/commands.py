@@ -1,6 +1,7 @@
 """What the command line does: find all firings, or trace circuits, and write files."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,10 +45,18 @@ from sparse_signals.signals.slices import slices, sparsity, support
 from sparse_signals.tracing.circuit import FORMATS, Circuit
 from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root, TraceError, TraceWarning, strongest_roots
-from sparse_signals.tracing.trace import Trace, check_sums, index_lists, trace_prompts
+from sparse_signals.tracing.trace import (
+    Trace,
+    check_attention,
+    check_sums,
+    index_lists,
+    trace_prompts,
+)
 
 PARTIAL = ".partial"  # finished chunks of runs that are not
+CHUNKS, ROOTS = "chunks", "roots"
 CHUNK = "[0-9]" * 5
+NO_MEMORY = re.compile("out of memory|(not|n't) (enough|allocate) memory", re.IGNORECASE)
 FILES = {
     "signals": ["firings.parquet"],
     "trace": ["edges.parquet", *(f"circuit{suffix}" for suffix in FORMATS)],
@@ -67,7 +77,18 @@ class Job:
 
     @property
     def partial(self) -> Path:
+        """Where unfinished runs of this command keep what they have."""
         return self.out / PARTIAL / self.options.command
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where this run keeps what it has, and no run of other settings looks."""
+        given = [vars(self.options).get(name) for name in ("root", "firing", "top")]
+        return self.partial / run_key(self.model, self.batch, (self.settings, self.chunks, given))
+
+    @cached_property
+    def chunks(self) -> list[slice]:
+        return fitting_rows(self.model, self.batch)
 
 
 def execute(options: Namespace, started: float) -> None:
@@ -77,33 +98,48 @@ def execute(options: Namespace, started: float) -> None:
         carry_out(understand(options, started))
     except (ModelError, PromptError, TraceError, OSError) as error:
         raise UsageError(str(error)) from error
+    except UnicodeError as error:
+        raise UsageError(f"not text in UTF-8: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        raise UsageError("out of memory: shorten the prompts, or take a smaller model") from error
 
 
 def carry_out(job: Job) -> None:
     """Run the command, and remove its finished chunks unless they are of use another time."""
-    with alone_in(job.partial):
-        remove_leftovers(job.out / name for name in FILES[job.options.command])
-        try:
-            summary = run_signals(job) if job.options.command == "signals" else run_trace(job)
-        except (PromptError, TraceError, UsageError):  # would come again
-            remove_partial(job)
-            raise
-        except KeyboardInterrupt:
-            raise Stopped(describe_kept(job)) from None
-        remove_partial(job)
-    with suppress(OSError):
-        job.partial.parent.rmdir()
+    try:
+        with alone_in(job.partial):
+            remove_leftovers(job.out / name for name in FILES[job.options.command])
+            summary = work(job)
+    finally:
+        with suppress(OSError):
+            job.partial.parent.rmdir()  # which fails, as it should, where something is kept
     if not job.options.quiet:
         print(summary)
 
 
+def work(job: Job) -> str:
+    """Run the command and return its summary."""
+    try:
+        summary = run_signals(job) if job.options.command == "signals" else run_trace(job)
+    except (PromptError, TraceError, UsageError):  # would come again
+        remove_partial(job)
+        raise
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; {describe_kept(job)}") from None
+    remove_partial(job)
+    return summary
+
+
 def describe_kept(job: Job) -> str:
     """What an interrupted run has kept, in words."""
-    kept = len(list(job.partial.glob(f"*/{CHUNK}")))
-    if not kept:
-        return "stopped; nothing was finished yet, so nothing is kept"
-    of = len(fitting_rows(job.model, job.batch))
-    return f"stopped; {kept} of {of} chunks of prompts are kept, the same command goes on there"
+    if kept := len(list((job.folder / CHUNKS).rglob(CHUNK))):
+        of = f"{kept} of {len(job.chunks)} chunks of prompts"
+        return f"{of} are kept, the same command goes on there"
+    if list((job.folder / ROOTS).glob(CHUNK)):
+        return "the roots are kept, the same command goes on there"
+    return "nothing is kept"
 
 
 def remove_partial(job: Job) -> None:
@@ -177,7 +213,7 @@ def named_batch(model: Model, prompts: pd.DataFrame, plain: Batch, options: Name
 
 
 def _encoded(model: Model, prompts: pd.DataFrame | Sequence[str]) -> Batch:
-    batch = encode(prompts, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
+    batch = encode(model, prompts)
     words = len(model.bridge.embed.W_E)
     if (largest := int(batch.tokens.max())) >= words:
         raise UsageError(
@@ -202,18 +238,13 @@ def describe_prompts(job: Job) -> str:
 
 def run_signals(job: Job) -> str:
     """Write firings.parquet, a chunk of prompts at a time, and return a summary."""
-    chunks = fitting_rows(job.model, job.batch)
 
-    def work(rows: slice) -> dict[str, pd.DataFrame]:
+    def find(rows: slice) -> dict[str, pd.DataFrame]:
         part = run(job.model, job.batch.rows(rows))
         return {"firings": firing_table(part, job.settings, rows.start)}
 
-    pieces = chunked(
-        chunks,
-        work,
-        folder=job.partial / run_key(job.model, job.batch, (job.settings, chunks)),
-        progress=not job.options.quiet,
-    )
+    folder, progress = job.folder / CHUNKS, not job.options.quiet
+    pieces = chunked(job.chunks, find, folder=folder, progress=progress)
     path = job.out / "firings.parquet"
     stream_parquet((piece["firings"] for piece in pieces), path, lists=["support"])
     errors = pd.read_parquet(path, columns=["error"])["error"]
@@ -226,8 +257,9 @@ def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.Data
     Columns: prompt, layer, head, dest, src, attention, score, support (list of singular pairs),
     the measures of `signals.sparsity` with the size of the support as size, and error, the
     difference of the sum of slices from the score, relative to Σ|p|.
-    Raises TraceError where the slices do not add up.
+    Raises TraceError where the slices or the attention weights do not add up.
     """
+    check_attention(run)
     pairs = find_firings(run, settings.level, settings.context)
     parts = slices(run, pairs)
     table = pairs.table()[["prompt", "layer", "head", "dest", "src", "attention", "score"]]
@@ -248,7 +280,12 @@ def run_trace(job: Job) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)  # said below, with the prompts
         traced = trace_prompts(
-            job.model, job.batch, roots, job.settings, folder=job.partial, progress=progress
+            job.model,
+            job.batch,
+            roots,
+            job.settings,
+            folder=job.folder / CHUNKS,
+            progress=progress,
         )
     if traced.edges.empty:
         raise UsageError("no head is upstream of these roots: choose roots of a later layer")
@@ -276,14 +313,14 @@ def choose_roots(job: Job) -> list[Root]:
     if given := [*job.options.root, *job.options.firing]:
         return [Root(*parts) for parts in dict.fromkeys(given)]
     number = job.options.top or 3
-    folder = job.partial / f"roots-{run_key(job.model, job.batch, (job.settings, number))}"
 
-    def work(_: slice) -> dict[str, pd.DataFrame]:
+    def find(_: slice) -> dict[str, pd.DataFrame]:
         found = strongest_roots(job.model, job.batch, number, job.settings)
-        return {"roots": pd.DataFrame([(root.layer, root.head) for root in found])}
+        heads = [(root.layer, root.head) for root in found]
+        return {"roots": pd.DataFrame(heads, columns=["layer", "head"])}
 
-    (tables,) = chunked([slice(0)], work, folder=folder)
-    return [Root(int(layer), int(head)) for layer, head in tables["roots"].to_numpy()]
+    (tables,) = chunked([slice(0)], find, folder=job.folder / ROOTS)
+    return [Root(*head) for head in tables["roots"].to_numpy().tolist()]
 
 
 def describe_silent(traced: Trace) -> list[str]:

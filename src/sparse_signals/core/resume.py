@@ -60,9 +60,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # before the release, or the next run's lock would be removed
+            (folder / LOCK).unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
             folder.rmdir()  # which fails, as it should, where chunks are kept
 
 
@@ -134,6 +135,7 @@ def chunked(
     """The tables of every chunk, in order.
 
     With a folder, each chunk's tables are written there and read instead of computed next time.
+    Files that are damaged count as missing.
     Raises BlockingIOError where another run is at work in that folder.
     """
     steps = tqdm(chunks, disable=not progress, unit="chunk")
@@ -145,9 +147,19 @@ def chunked(
             shutil.rmtree(aside, ignore_errors=True)
         for number, rows in enumerate(steps):
             done = folder / f"{number:05d}"
-            if not done.is_dir():
+            if not (tables := _kept(done)):
                 _keep(work(rows), done)
-            yield {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}
+                tables = _kept(done)
+            yield tables
+
+
+def _kept(done: Path) -> Tables:
+    """The tables of a finished chunk, none where they are not there or damaged."""
+    try:
+        return {path.stem: pd.read_parquet(path) for path in done.glob("*.parquet")}
+    except (OSError, pa.ArrowException):
+        shutil.rmtree(done, ignore_errors=True)
+        return {}
 
 
 def _keep(tables: Tables, done: Path) -> None:

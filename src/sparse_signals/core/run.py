@@ -6,9 +6,11 @@ is what it moved. Components are ordered so that those before any layer come fir
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -154,17 +156,28 @@ def run_bytes(model: Model, length: int) -> int:
 
 def check_memory(model: Model, length: int) -> None:
     """Raise PromptError where the run of one prompt needs more memory than is free."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not every system tells
-        return
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    if (needed := run_bytes(model, length)) > free:
+    needed, free = run_bytes(model, length), free_memory(model.device)
+    if free is not None and needed > free:
         raise PromptError(
             f"a prompt of {length:,} tokens needs about {needed / 2**30:.1f} GiB in {model.name}, "
             f"and {free / 2**30:.1f} GiB are free: shorten the prompts"
         )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that can still be had on a device, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        # what files are cached in can be had too, which the number of free pages leaves out
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(available[1]) * 1024
+    except (OSError, TypeError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def new_outputs(model: Model, prompts: int, length: int) -> Float[Tensor, "prompt pos component d"]:

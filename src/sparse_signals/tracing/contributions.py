@@ -97,6 +97,8 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
     x_c(i)/s_i and x̃_j. Published: Σ_{k∈S} sgn(x̃_i·u_k) √σ_k v_k·x_c(j)/s_j, and likewise.
     Source: Franco and Crovella 2024, section 5 (published).
     """
+    if not len(pairs):
+        return _nothing(run.model)
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
     if settings.weighting == "norm":
@@ -107,6 +109,13 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
     values = values * _counted(run.model, pairs, settings.weighting)[:, None]
     return _summed(values, coords, chosen)
+
+
+def _nothing(model: Model) -> Contributions:
+    """The contributions to no firing at all, which need no SVD and no outputs of components."""
+    values = torch.zeros(0, 2, len(model.components), dtype=torch.float64, device=model.device)
+    support = values.new_zeros(0, model.d_head, dtype=torch.bool)
+    return Contributions(values, values.sum((1, 2)), support, values.new_ones(0, 2).bool())
 
 
 def _summed(

@@ -52,7 +52,7 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
     """The position of a role, of a neighbour of one, or a fixed position, in every prompt."""
     prompts, length = batch.tokens.shape
     if isinstance(where, int):
-        if where >= length:
+        if not 0 <= where < length:
             raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
         return torch.full((prompts,), where)
     roles = batch.roles | {"end": batch.last}
@@ -60,11 +60,14 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
     if role not in roles:
         known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
         raise PromptError(f"no role {where!r} in these prompts: they have {known}")
-    return (roles[role] + step).clamp(0, length - 1)
+    at = roles[role] + step
+    if outside := ((at < 0) | (at > batch.last)).nonzero().flatten().tolist():
+        raise PromptError(f"no {where} in prompt {outside[0]}: it ends before")
+    return at
 
 
 def _neighbour(where: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(.+)([+-]\d+)", where)
+    found = re.fullmatch(r"(.+)([+-]\d{1,9})", where)
     return (found[1], int(found[2])) if found else (where, 0)
 
 

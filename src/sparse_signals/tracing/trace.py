@@ -43,6 +43,7 @@ from sparse_signals.tracing.roots import (
 
 # rotary models round angles and attention weights to float32 whatever their dtype
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
+SAMPLE = 64  # firings of which the exact sums are checked, where other weights are asked for
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ class Trace:
 
     def pool(self, quirks: Quirks = Quirks(), draws: int = DRAWS, seed: int = 0) -> Circuit:
         """The circuit that all prompts share: `circuit.pool`, and how it was made."""
-        given = {name: x for name, x in asdict(self.settings).items() if x not in (False, None)}
+        given = asdict(self.settings) | {"fraction": self.settings.fraction or "all"}
         facts = {
             "model": self.model.name,
             "prompts": str(len(self.batch.tokens)),
             "roots": ", ".join(map(str, self.roots)),
-            "settings": ", ".join(f"{name} {x}" for name, x in given.items()),
+            "settings": ", ".join(
+                f"{name} {x}" for name, x in given.items() if x is not None and x is not False
+            ),
         }
         return Circuit(pool(self.edges, self.batch, quirks, draws, seed), facts)
 
@@ -149,6 +152,7 @@ def trace_chunk(
     run: Run, roots: Sequence[Root], settings: Settings, first_prompt: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Firings and edges of a run whose outputs fit in memory; prompts count from `first_prompt`."""
+    check_attention(run)
     pairs = find_firings(run, settings.level, settings.context)
     start = starts(run, pairs, roots)
     above = pairs.layer <= max((root.layer for root in roots), default=-1)
@@ -157,12 +161,24 @@ def trace_chunk(
     parts = contributions(run, pairs, settings)
     if any(root.against is not None for root in roots):
         parts = open_contrasts(run, pairs, parts, roots, settings)
-    if settings.weighting == "exact":
-        check_sums(run.model, parts.discrepancy(), "contributions")
+    plain = replace(settings, weighting="exact", bias_per_head=False)
+    exact = parts if plain == settings else contributions(run, pairs[:SAMPLE], plain)
+    check_sums(run.model, exact.discrepancy(), "contributions")
     return follow(run, pairs, parts, start, settings, first_prompt)
 
 
-def check_sums(model: Model, error: Float[Tensor, "pair"], what: str) -> None:
+def check_attention(run: Run) -> None:
+    """Raise TraceError where attention is not softmax(q·k / divisor), which all else stands on."""
+    worst = []
+    for q, k, divisor, pattern in zip(run.q, run.k, run.model.divisor, run.pattern, strict=True):
+        scores = q @ k.mT / divisor.to(q.dtype)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        worst.append((weights - pattern).abs().max())
+    check_sums(run.model, torch.stack(worst), "attention weights")
+
+
+def check_sums(model: Model, error: Float[Tensor, "sum"], what: str) -> None:
     """Raise TraceError where sums miss what they must give by more than rounding explains."""
     worst = float(error.max()) if len(error) else 0.0
     if not worst <= TOLERANCE[model.dtype]:  # NaN is no small error
