@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import ROTARY, save_random_model
 
+from random_models import ROTARY, save_random_model
 from reference import score_gap
 from sparse_signals.core import smollm2
 from sparse_signals.core.model import Model, ModelError, load_model, logits

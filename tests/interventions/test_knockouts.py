@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gated import KINDS, TOLERANCE, batch_of
+from sparse_signals.core.forward import run_without
 from sparse_signals.core.run import run_model
 from sparse_signals.interventions.changes import clean_run, read_layers
 from sparse_signals.interventions.edge_signals import read_signals
-from sparse_signals.core.forward import run_without
 from sparse_signals.interventions.intervene import intervene
 from sparse_signals.interventions.knockouts import Rounds, knock_out, takeover
 from sparse_signals.planted.circuits import planted
