@@ -15,10 +15,10 @@ import bench_paths
 import bench_tracing
 from common import LENGTH, clock, load_random, ratios
 from sparse_signals.core.model import logits
-from sparse_signals.core.run import read_attention
+from sparse_signals.core.run import run
 from sparse_signals.heads.svd import head_svd, qk_forms
 from sparse_signals.signals.firings import find_firings
-from sparse_signals.signals.slices import coordinates, support
+from sparse_signals.signals.slices import slices, support
 
 TARGETS = {
     "dense SVD of 144 heads / thin-QR SVD": (">=", 20),
@@ -27,37 +27,38 @@ TARGETS = {
 }
 
 
-def find_everything(attention, svd):
+def find_everything(run):
     """What chapter 3 computes for a batch of prompts."""
-    pairs = find_firings(attention)
-    slices = coordinates(svd, attention, pairs).slices
-    return pairs, slices, support(slices)
+    pairs = find_firings(run)
+    parts = slices(run, pairs)
+    return pairs, parts, support(parts)
 
 
-def loop(attention, svd, prompts):
+def loop(run, prompts):
     """The same, one prompt, head, pair of tokens and singular vector at a time."""
     sizes = []
-    layers, _, heads, length = attention.q.shape[:4]
+    layers, _, heads, length = run.q.shape[:4]
     for prompt in range(prompts):
         for layer in range(layers):
             for head in range(heads):
                 for i in range(length):
                     for j in range(1, i + 1):
-                        if attention.pattern[layer, prompt, head, i, j] >= 0.5:
-                            sizes.append(_loop_pair(attention, svd, prompt, layer, head, i, j))
+                        if run.pattern[layer, prompt, head, i, j] >= 0.5:
+                            sizes.append(_loop_pair(run, prompt, layer, head, i, j))
     return sizes
 
 
-def _loop_pair(attention, svd, prompt, layer, head, i, j):
-    q = attention.q[layer, prompt, head, i].double()
-    k = attention.k[layer, prompt, head, j].double()
-    slices = []
+def _loop_pair(run, prompt, layer, head, i, j):
+    svd = head_svd(run.model)
+    q = run.q[layer, prompt, head, i].double()
+    k = run.k[layer, prompt, head, j].double()
+    parts = []
     for n in range(len(q)):
         left = q @ svd.dest_map[layer, head, :, n]
         right = k @ svd.src_map[layer, head, :, n]
-        slices.append((svd.S[layer, head, n] * left * right / svd.scale[layer]).item())
-    total, reached, size = sum(slices), 0.0, 0
-    for value in sorted(slices, reverse=True):
+        parts.append((svd.S[layer, head, n] * left * right / svd.divisor[layer]).item())
+    total, reached, size = sum(parts), 0.0, 0
+    for value in sorted(parts, reverse=True):
         if reached > total or value <= 0:
             break
         reached, size = reached + value, size + 1
@@ -67,19 +68,17 @@ def _loop_pair(attention, svd, prompt, layer, head, i, j):
 def measure(prompts):
     """One row per ratio."""
     model = load_random()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(50257, (prompts, LENGTH), generator=generator)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+    tokens = bench_tracing.random_batch(prompts).tokens
     last = torch.full((prompts,), LENGTH - 1)
 
     forms = qk_forms(model)
-    thin, svd = clock(lambda: head_svd(forms))
+    thin, _ = clock(lambda: head_svd(forms))
     dense, _ = clock(lambda: torch.linalg.svd(forms.A[0, :4] @ forms.B[0, :4].mT), repeats=1)
     forward, _ = clock(lambda: logits(model, tokens, last))
-    attention = read_attention(model, tokens, mask)
-    batched, (pairs, _, _) = clock(lambda: find_everything(attention, svd))
+    ran = run(model, bench_tracing.random_batch(prompts))
+    batched, (pairs, _, _) = clock(lambda: find_everything(ran))
     sample = max(1, prompts // 64)
-    looped, sizes = clock(lambda: loop(attention, svd, sample), repeats=1)
+    looped, sizes = clock(lambda: loop(ran, sample), repeats=1)
     seconds = [(dense * 36, thin), (looped * prompts / sample, batched), (batched, forward)]
     notes = [
         "4 heads timed, scaled to 144",

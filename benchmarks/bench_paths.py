@@ -8,13 +8,13 @@ from bench_tracing import random_batch
 from common import LENGTH, clock, load_random, ratios
 from sparse_signals.core.model import logits
 from sparse_signals.core.prompts import roles_of
-from sparse_signals.core.run import read_attention
-from sparse_signals.interventions.intervene import sweep
+from sparse_signals.core.run import run
+from sparse_signals.interventions.intervene import intervene
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.tracing.circuit import KEY, labelled
-from sparse_signals.tracing.contributions import Settings, read_weights
+from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root
-from sparse_signals.tracing.trace import trace
+from sparse_signals.tracing.trace import trace_prompts
 
 SETTINGS = Settings(level=2.5, context=True)
 ROOT_LAYERS = (9, 10)  # those of the published roots
@@ -27,11 +27,11 @@ TARGETS = {
 
 def three_roots(model, batch):
     """The three heads of the published roots' layers that fire most often from the last token."""
-    attention = read_attention(model, batch.tokens, batch.mask)
-    pairs = find_firings(attention, SETTINGS.level, SETTINGS.context)
+    pairs = find_firings(run(model, batch), SETTINGS.level, SETTINGS.context)
     table = pairs[pairs.dest == LENGTH - 1].table()
-    counts = table.loc[table["layer"].isin(ROOT_LAYERS), "name"].value_counts()
-    return [Root(*map(int, name.split("."))) for name in counts.sort_index().nlargest(3).index]
+    table = table[table["layer"].isin(ROOT_LAYERS)]
+    counts = table.groupby(["layer", "head"]).size().nlargest(3)
+    return [Root(int(layer), int(head)) for layer, head in counts.index]
 
 
 def full_pass(model, tokens, layer):
@@ -50,9 +50,8 @@ def measure(prompts=48):
     model = load_random()
     numbers = torch.arange(prompts)
     batch = replace(random_batch(prompts), io=numbers + 10, s=numbers + 1000)
-    weights = read_weights(model)
-    traced = trace(model, batch, three_roots(model, batch), SETTINGS, weights=weights)
-    swept, table = clock(lambda: sweep(model, batch, traced, weights=weights), repeats=2)
+    traced = trace_prompts(model, batch, three_roots(model, batch), SETTINGS)
+    swept, table = clock(lambda: intervene(traced), repeats=2)
     pooled = labelled(traced.edges, roles_of(batch)).groupby(KEY)["prompt"].nunique()
     sizes = pooled.value_counts()  # a pass takes the prompts that have the edge
     full = sum(

@@ -8,12 +8,12 @@ import torch
 from common import LENGTH, clock, clock_in_turn, load_random, ratios
 from sparse_signals.core.model import logits
 from sparse_signals.core.prompts import Batch
-from sparse_signals.core.run import run_model, writers
+from sparse_signals.core.run import run
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.signals.slices import coordinates, support
-from sparse_signals.tracing.contributions import Settings, contributions, read_weights, readers
+from sparse_signals.tracing.contributions import contributions, readers
 from sparse_signals.tracing.roots import Root
-from sparse_signals.tracing.trace import trace
+from sparse_signals.tracing.trace import trace_prompts
 
 TARGETS = {
     "trace beyond its forward pass / forward pass": ("<=", 0.5),
@@ -31,44 +31,45 @@ def random_batch(prompts):
 
 def highest_roots(run, n=3):
     """The heads of the highest layers that fire from the last token: the deepest traces."""
-    pairs = find_firings(run.attention)
+    pairs = find_firings(run)
     table = pairs[pairs.dest == LENGTH - 1].table().sort_values("layer", ascending=False)
-    return [Root(*map(int, name.split("."))) for name in table["name"].unique()[:n]]
+    heads = table[["layer", "head"]].drop_duplicates().head(n).to_numpy()
+    return [Root(int(layer), int(head)) for layer, head in heads]
 
 
-def loop(model, weights, run, pairs):
+def loop(run, pairs):
     """Contributions as the released code computes them: a firing and an upstream head at a time,
     with the head's output made anew for the whole batch."""
-    coords = coordinates(weights.maps, run.attention, pairs)
+    coords, model = coordinates(run, pairs), run.model
     chosen = support(coords.slices)
-    read, W_O = readers(weights, pairs, coords, chosen), writers(model).W_O
-    pattern, found = run.attention.pattern, []
+    read, W_O = readers(model, pairs, coords, chosen), model.writers.W_O
+    pattern, found = run.pattern, []
     for n in range(len(pairs)):
         prompt, layer = pairs.prompt[n], int(pairs.layer[n])
         for up in range(layer):
             for head in range(model.n_heads):
                 out = pattern[up, :, head] @ run.v[up, :, head] @ W_O[up, head]
                 for side, token in enumerate((pairs.dest[n], pairs.src[n])):
-                    heard = out[prompt, token].double() @ read[n, side, :-1]
-                    found.append(heard / run.scale[layer, prompt, token])
+                    weight = out[prompt, token].double() @ read[n, side, :-1]
+                    found.append(weight / run.scale[layer, prompt, token])
     return torch.stack(found)
 
 
 def measure(prompts=256):
     """One row per ratio."""
     model = load_random()
-    weights, batch = read_weights(model), random_batch(prompts)
+    batch = random_batch(prompts)
     last = torch.full((prompts,), LENGTH - 1)
     part = batch.rows(slice(0, 32))
-    run = run_model(model, part.tokens, part.mask)
-    roots, pairs = highest_roots(run), find_firings(run.attention)
+    ran = run(model, part)
+    roots, pairs = highest_roots(ran), find_firings(ran)
     forward, total, traced = clock_in_turn(
         lambda: logits(model, batch.tokens, last),
-        lambda: trace(model, batch, roots, weights=weights),
+        lambda: trace_prompts(model, batch, roots),
     )
-    batched, found = clock(lambda: contributions(weights, run, pairs, Settings()), 9)
+    batched, found = clock(lambda: contributions(ran, pairs), 9)
     few = pairs[torch.arange(0, len(pairs), max(1, len(pairs) // 12))]
-    looped, _ = clock(lambda: loop(model, weights, run, few), repeats=1)
+    looped, _ = clock(lambda: loop(ran, few), repeats=1)
     notes = [
         f"{prompts} prompts, {prompts / 32 * len(pairs):.0f} firings, {len(traced.edges)} edges",
         f"{len(pairs)} firings; {len(few)} looped, scaled; worst error {found.error().max():.0e}",
@@ -80,12 +81,10 @@ def measure(prompts=256):
 def growth(sizes=(64, 256, 1024, 4096)):
     """Time and peak memory of a trace against the number of prompts. One row per size."""
     model, rows = load_random(), []
-    weights = read_weights(model)
-    part = random_batch(32)
-    roots = highest_roots(run_model(model, part.tokens, part.mask))
+    roots = highest_roots(run(model, random_batch(32)))
     for prompts in sizes:
         batch = random_batch(prompts)
-        seconds, traced = clock(lambda b=batch: trace(model, b, roots, weights=weights), repeats=1)
+        seconds, traced = clock(lambda b=batch: trace_prompts(model, b, roots), repeats=1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows.append((prompts, seconds, 1000 * seconds / prompts, len(traced.edges), peak))
     columns = ["prompts", "seconds", "ms a prompt", "edges", "peak GiB so far"]
