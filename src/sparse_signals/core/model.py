@@ -192,6 +192,12 @@ def load_model(
 
     None means the environment variable MODEL, or `gpt2-ioi` if it is not set. The device is a
     GPU where there is one. Raises ModelError, in one line, for whatever cannot be loaded.
+
+    >>> model = load_model("gpt2-ioi")
+    >>> model.name, model.rotary
+    ('gpt2-ioi', False)
+    >>> model.components.query("kind == 'head'")["component"].iloc[0]
+    '0.0'
     """
     name = str(name_or_directory or chosen_model())
     if dtype not in (torch.float32, torch.float64):

@@ -91,6 +91,12 @@ def ioi_prompts(
     third person gives, nothing is repeated, and either of the first two may be the answer.
     With a tokenizer, `NAMES` is filtered to its single-token names.
     Raises PromptError for a bad choice, and for other names that are not single tokens.
+
+    >>> prompts = ioi_prompts(4, seed=1)
+    >>> prompts["order"].tolist()
+    ['ABBA', 'BABA', 'ABBA', 'BABA']
+    >>> all(row.text.count(row.s) == 2 for row in prompts.itertuples())
+    True
     """
     _check_choices(n, order, giver, templates)
     pool = _name_pool(names, tokenizer, needed=3 if giver == "third" else 2)
@@ -201,6 +207,12 @@ def encode(
     `bos` puts the tokenizer's beginning-of-sequence token in front (None: where the model had it
     in training). Raises PromptError for a model without tokenizer, no prompts, an empty or too
     long one, an unknown word, a name that is not a single token or not where it should be.
+
+    >>> batch = encode(model, ioi_prompts(4, tokenizer=model.tokenizer))
+    >>> batch.tokens.shape == batch.mask.shape, sorted(batch.roles)
+    (True, ['IO', 'S1', 'S1+1', 'S2', 'end'])
+    >>> batch.labels[0][int(batch.roles["IO"][0])] == " " + batch.table["io"][0]
+    True
     """
     tokenizer, bos = model.tokenizer, model.bos if bos is None else bos
     if tokenizer is None:

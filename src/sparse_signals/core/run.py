@@ -109,6 +109,13 @@ def run(
 
     `space` (from `new_outputs`, for at least as many prompts) spares the time that the operating
     system takes for new memory; the next run that uses it overwrites the outputs of this one.
+
+    >>> ran = ss.run(model, batch)
+    >>> len(ran), tuple(ran.q.shape[:2]) == (model.n_layers, len(ran))
+    (8, True)
+    >>> stream = ran.outputs.sum(2)  # what all components wrote is the residual stream at the end
+    >>> stream.shape == (*batch.tokens.shape, model.d_model)
+    True
     """
     check_memory(model, batch.tokens.shape[1])
     names = ("q", "k", "v", "z", "pattern", "mlp_out", "scale")

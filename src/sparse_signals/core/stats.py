@@ -76,6 +76,11 @@ def bootstrap(
     weights: of each row, or of each entry; without them the ratio is the mean over rows. NaN
     entries are left out; a ratio is NaN where its weights do not sum to more than 0. One row per
     column: measure, value, low, high.
+
+    >>> table = pd.DataFrame({"effect": [1.0, 2.0, 3.0, 6.0]})
+    >>> found = bootstrap(table, clusters=[0, 0, 1, 1])  # rows 0 and 1 come from one template
+    >>> found["value"].item(), found["low"].item(), found["high"].item()
+    (3.0, 1.5, 4.5)
     """
     values, (names, cluster) = table.to_numpy(float), np.unique(clusters, return_inverse=True)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)

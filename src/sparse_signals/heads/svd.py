@@ -64,6 +64,12 @@ def head_svd(of: Model | QKForms) -> HeadSVD:
     R_A R_Bᵀ = Û S V̂ᵀ: U = Q_A Û, V = Q_B V̂. Since Ω V = U S, the coordinates of a token
     follow from its query alone, x̃ᵀU = q (R_Bᵀ V̂) / S, and from its key alone, x̃ᵀV = k (R_Aᵀ Û) / S.
     Signs are canonical: the entry of largest magnitude of each u is positive.
+
+    >>> svd = head_svd(model)
+    >>> svd.S.shape == (model.n_layers, model.n_heads, model.d_head)
+    True
+    >>> bool((svd.S[..., :-1] >= svd.S[..., 1:]).all())
+    True
     """
     return _svd(of) if isinstance(of, QKForms) else _model_svd(of)
 

@@ -83,6 +83,10 @@ def intervene(
 
     With a folder, finished chunks of prompts are kept there, and a run that was cut off goes on
     after them. Raises PromptError where the prompts have no names.
+
+    >>> effects = intervene(traced.first(2), plan=Plan(scopes=["global"], modes=["ablate"]))
+    >>> bool((effects["F_change"].abs() > 0).any()), effects["mode"].unique().tolist()
+    (True, ['ablate'])
     """
     model, batch = traced.model, traced.batch
     signals = read_signals(traced, edges)

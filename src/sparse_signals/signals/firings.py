@@ -42,6 +42,12 @@ def find_firings(run: Run, level: float = 0.5, context: bool = False) -> Pairs:
     The first token is left out because it is the attention sink. With `context` the bar falls
     with the number of visible tokens, A_ij ≥ level / (i + 1), and level is a multiple of uniform
     attention. Source: Franco and Crovella 2024, section 4 (level 0.5); 2025 for the context rule.
+
+    >>> firings = find_firings(run)
+    >>> bool((firings.attention >= 0.5).all()), bool((firings.src >= 1).all())
+    (True, True)
+    >>> list(firings.table().columns)
+    ['layer', 'prompt', 'head', 'dest', 'src', 'attention', 'score', 'name']
     """
     dest = torch.arange(run.pattern.shape[-1], device=run.pattern.device)
     bar = level / (dest + 1) if context else torch.full_like(dest, level, dtype=torch.float64)

@@ -69,6 +69,12 @@ def slices(run: Run, pairs: Pairs, basis: Basis | None = None) -> Float[Tensor, 
 
     In softmax units; in the SVD basis of the head, or in another one.
     Source: Franco and Crovella 2024, section 3.
+
+    >>> parts = slices(run, firings)
+    >>> parts.shape == (len(firings), model.d_head)
+    True
+    >>> bool((parts.sum(-1) - firings.score).abs().max() < 1e-5)
+    True
     """
     return coordinates(run, pairs, basis).slices
 
@@ -124,6 +130,10 @@ def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tens
     exceeds f·Σp; negative slices are outvoted, never chosen. If nothing is negative, all positive
     slices are taken. For a negative score the mirror image. Sums that differ by rounding count
     as equal. Source: Franco and Crovella 2024, section 4.
+
+    >>> import torch
+    >>> support(torch.tensor([[5.0, 3.0, -1.0, -2.0]])).tolist()  # 5 does not exceed 5, 5 + 3 does
+    [[True, True, False, False]]
     """
     total = slices.sum(-1, keepdim=True)
     upright = torch.where(total < 0, -slices, slices)
@@ -142,6 +152,10 @@ def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataF
     * ninety: how many of the largest |p| hold 90 % of Σ|p|;
     * settled: after how many of the largest |p| the partial sum stays within 10 % of the score;
     * cancellation: Σ|p| / |Σp|, 1 where all slices agree.
+
+    >>> import torch
+    >>> sparsity(torch.tensor([[4.0, 3.0, 2.0, 1.0]])).round(2).iloc[0].to_dict()
+    {'support': 4.0, 'participation': 3.33, 'ninety': 3.0, 'settled': 3.0, 'cancellation': 1.0}
     """
     total = slices.sum(-1, keepdim=True)
     size, order = slices.abs().sort(dim=-1, descending=True, stable=True)

@@ -42,6 +42,13 @@ class Circuit:
     writes), up_layer, down_layer, prompts (distinct ones with the edge), of (prompts traced),
     prompts_low, prompts_high, weight (mean over these prompts), low, high (95 % bootstrap over
     prompts), spread (standard deviation), share (mean share of its side). Strongest first.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:  # .html, .graphml and .parquet likewise
+    ...     back = Circuit.load(circuit.save(Path(folder) / "circuit.json"))
+    >>> back.edges.equals(circuit.edges), back.facts["model"]
+    (True, 'gpt2-ioi')
     """
 
     edges: pd.DataFrame

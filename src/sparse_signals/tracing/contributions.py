@@ -43,6 +43,12 @@ class Settings:
     weighting: "exact" (all components, shares of the score in softmax units), "published" (heads
     only, √σ weights, unscaled), or "norm" (heads by the length of their output: a baseline).
     bias_per_head: a quirk of the released code, the bias row added to every upstream head.
+
+    >>> Settings().share, Settings(weighting="published").weighting
+    (0.7, 'published')
+    >>> Settings(share=2)
+    Traceback (most recent call last):
+    ValueError: share must be above 0 and at most 1
     """
 
     level: float = 0.5

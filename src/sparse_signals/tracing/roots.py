@@ -30,6 +30,9 @@ class Root:
     Places are roles ("end", "IO", "S2-1", …) or positions. "end" is the last token, named or not.
     With `against`, another source, these firings are opened by the difference of the two scores,
     where it is positive.
+
+    >>> str(Root(9, 9)), str(Root(9, 6, "end", "IO", "S1"))
+    ('9.9:end', '9.6:end:IO:S1')
     """
 
     layer: int

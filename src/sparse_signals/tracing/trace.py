@@ -112,6 +112,13 @@ def trace(
     Raises TraceError for a root that is no head of the model and where no root fires, PromptError
     for a role that the prompts do not have; warns of single roots that never fire.
     Source: Franco and Crovella 2024, section 5; exact shares and contrasts are this book's.
+
+    >>> root = strongest_roots(model, batch, 1)
+    >>> traced = trace(run, root, share=0.9)
+    >>> bool((traced.firings["error"] < 1e-3).all())  # contributions add up to the score
+    True
+    >>> bool((traced.edges["weight"] > 0).all()), len(traced.edges) > len(traced.firings)
+    (True, True)
     """
     settings = replace(settings, **changes)
     check_roots(run.model, roots, settings)
