@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_signals.app import notebook
-from sparse_signals.app.notebook import check, glue, published, setup, show
+from sparse_signals.app.notebook import check, glue, html_table, published, setup, show
 from sparse_signals.core.numbers import fmt
 
 
@@ -50,6 +50,21 @@ def test_show_rounds_escapes_and_keeps_named_indices():
     assert "&lt;9.9&gt;" in page and '<td class="number">0.123</td>' in page
     assert "<caption>a &lt; b</caption>" in page and 'scope="col">head<' in page
     assert repr(shown).splitlines() == ["a < b", " head share", "<9.9> 0.123"]
+
+
+def test_tables_carry_no_style_and_only_numbers_are_numbers():
+    table = pd.DataFrame({"<a>": [1.5, np.nan], "b": [True, None], "c": ["<i>", "2"]}, index=[7, 7])
+    page = html_table(table, caption="")
+    assert page == html_table(table.copy())
+    assert page.splitlines() == [
+        '<table><thead><tr><th scope="col">&lt;a&gt;</th><th scope="col">b</th>'
+        '<th scope="col">c</th></tr></thead>',
+        "<tbody>",
+        '<tr><td class="number">1.50</td><td>True</td><td>&lt;i&gt;</td></tr>',
+        '<tr><td class="number">–</td><td>None</td><td>2</td></tr>',
+        "</tbody></table>",
+    ]
+    assert "<td" not in html_table(pd.DataFrame())
 
 
 def test_show_hides_row_numbers():

@@ -1,6 +1,5 @@
 """What a notebook needs around the mathematics: setup, numbers, tables, glue, exercise checks."""
 
-import html
 import json
 import logging
 import os
@@ -8,13 +7,11 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from sparse_signals.core.numbers import fmt
+from sparse_signals.core.numbers import fmt, is_number
 
 if TYPE_CHECKING:
     from sparse_signals.core.model import Model
@@ -57,18 +54,13 @@ def _be_quiet() -> None:
 
 def html_table(table: pd.DataFrame, digits: int = 3, caption: str = "") -> str:
     """The table as plain HTML: numbers by `fmt` and aligned right, no row numbers."""
-    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table.columns)
-    rows = [f"<tr>{''.join(_cell(x, digits) for x in row)}</tr>"
-            for row in table.itertuples(index=False)]  # fmt: skip
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    body = "\n".join(rows)
-    return f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    from pandas.io.formats.style import Styler
 
-
-def _cell(x: Any, digits: int) -> str:
-    number = isinstance(x, Real | np.number) and not isinstance(x, bool | np.bool_)
-    start = '<td class="number">' if number else "<td>"
-    return f"{start}{html.escape(fmt(x, digits))}</td>"
+    styler = Styler.from_custom_template(str(files("sparse_signals") / "assets"), "table.html")
+    table = table.reset_index(drop=True)
+    numbers = table.map(lambda x: "number" if is_number(x) else "")
+    plain = styler(table).hide(axis="index").format(lambda x: fmt(x, digits))
+    return plain.set_td_classes(numbers).set_caption(caption).to_html(exclude_styles=True)
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,7 +35,7 @@ HOW = (
     "Edges run upwards, from the component that writes to the head that reads. Point at a node "
     "to see its edges, click to pin it (with Shift: several), Escape unpins."
 )
-KEY = (
+LETTER_KEY = (
     "E: embedding, P: position, B: bias of the row; M and B with a number: MLP and bias of a layer."
 )
 Axes = tuple[dict[str, Any], dict[str, Any]]
@@ -174,7 +174,7 @@ def draw(
         f"side. A slider prunes edges by {units[1]}, a menu chooses a node. {title}."
     )
     chart = chart.properties(width=layout.width, height=layout.height)
-    return finish(chart, title, description, f"{HOW} {KEY}" if layout.brief else HOW)
+    return finish(chart, title, description, f"{HOW} {LETTER_KEY}" if layout.brief else HOW)
 
 
 def default_prune(percents: pd.Series) -> int:

@@ -189,7 +189,7 @@ def stability(turns: pd.DataFrame, closest: int = 10, most: int = 200) -> alt.To
     size = menu("size", list(names.values()), "Relative change", start=names[middle])
     long = turns.melt(["size", "name", "k", "gap"], ["vector", "plane"], "object", "angle")
     long = long.assign(size=long["size"].map(names))
-    chart = alt.layer(_turned(_thinned(long, most)), _medians(long)).add_params(size)
+    chart = alt.layer(_turned(long, most), _medians(long)).add_params(size)
     description = (
         "Scatter chart, both axes logarithmic: for neighbouring singular values of all heads, the "
         "relative gap, and how far the singular vector and the plane of the two vectors turn when "
@@ -198,12 +198,10 @@ def stability(turns: pd.DataFrame, closest: int = 10, most: int = 200) -> alt.To
     return finish(chart.properties(width=360, height=270), title, description, digits=3)
 
 
-def _thinned(long: pd.DataFrame, most: int) -> pd.DataFrame:
+def _turned(long: pd.DataFrame, most: int) -> alt.Chart:
+    """The pairs with the smallest gaps, and of the others so many that about `most` are drawn."""
     place = long.groupby(["size", "object"])["gap"].rank(method="first")
-    return long[(place <= 20) | (place % max(1, place.max() // most) < 1)]
-
-
-def _turned(points: pd.DataFrame) -> alt.Chart:
+    points = long[(place <= 20) | (place % max(1, place.max() // most) < 1)]
     styles = colour_and_shape("object:N", "one pair of neighbours")
     styles["color"] = styles["color"].legend(None)  # the shapes say the same
     styles["shape"] = styles["shape"].legend(orient="bottom")

@@ -22,7 +22,8 @@ def slice_bars(table: pd.DataFrame) -> alt.TopLevelMixin:
 
     Columns: pair ("firing: …" and "silent: …"), and those of `signals.slice_table`.
     """
-    table = table.assign(chosen=_in_words(table["chosen"]))
+    words = {True: "in the support", False: "left out"}
+    table = table.assign(chosen=table["chosen"].map(words))
     score = table.groupby("pair", sort=False)["score"].first()
     size = table[table["chosen"] == "in the support"].groupby("pair", sort=False).size()
     base = alt.Chart(table).encode(
@@ -57,9 +58,7 @@ def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     table = table.assign(chosen=[["01"[int(x)] for x in row] for row in table["chosen"]])
     lists = ("labels", "weights", "slices", "chosen")
     packed = {name: [SEPARATOR.join(map(_short, row)) for row in table[name]] for name in lists}
-    table = table[["prompt", "name", "dest", "src"]].assign(
-        **packed
-    )  # strings: a tenth of the size
+    table = table[["prompt", "name", "dest", "src"]].assign(**packed)  # a tenth of the size
     last = int(table["dest"].max())
     prompts, heads = sorted(table["prompt"].unique().tolist()), list(table["name"].unique())
     bind = {
@@ -68,10 +67,9 @@ def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
         "dest": alt.binding_range(min=1, max=last, step=1, name="destination position "),
     }
     start = table[table["name"] == head].sort_values(["prompt", "dest"], ascending=[True, False])
-    start = start.iloc[0]
+    start = start[list(bind)].to_dict("records")[0]
     picks = [
-        alt.param(name=f"pick_{field}", value=_plain(start[field]), bind=bind[field])
-        for field in bind
+        alt.param(name=f"pick_{field}", value=start[field], bind=bind[field]) for field in bind
     ]
     test = " && ".join(f"datum.{field} == pick_{field}" for field in bind)
     base = alt.Chart(table).transform_filter(test)
@@ -200,16 +198,8 @@ def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelM
     )
 
 
-def _in_words(chosen) -> list[str]:
-    return ["in the support" if x else "left out" for x in chosen]
-
-
 def _short(value) -> str:
     return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _plain(value):
-    return value.item() if hasattr(value, "item") else value
 
 
 def _flatten(chart: alt.Chart, labels: str, values: str) -> alt.Chart:
