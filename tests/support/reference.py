@@ -42,7 +42,7 @@ def score_gap(model: Model, tokens: torch.Tensor) -> tuple[float, float]:
     gaps = [(q - kept["q_raw"], q), (k - kept["k_raw"], k)]
     if model.rotary:
         q, k = kept["q"].double(), kept["k"].double()
-    rebuilt = (q @ k.mT / qk_weights(model).scale[:, None, None, None, None]).tril()
+    rebuilt = (q @ k.mT / qk_weights(model).divisor[:, None, None, None, None]).tril()
     gaps.append((rebuilt - kept["scores"].tril(), rebuilt))
     absolute = [gap.abs().max().item() for gap, _ in gaps]
     relative = [(gap.abs().max() / size.abs().max()).item() for gap, size in gaps]
