@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
-from sparse_signals.core.model import load_model
+from sparse_signals.core.model import Model, load_model
 from sparse_signals.core.prompts import Batch, encode, ioi_prompts
 from sparse_signals.core.sentences import TEMPLATES
-from sparse_signals.heads.svd import head_svd, head_table, qk_forms
+from sparse_signals.heads.svd import head_svd, head_table
 from stories import held_out_pair
 
 SEEN = tuple(t for t in TEMPLATES if not t.held_out)
@@ -33,14 +33,14 @@ EDGES = {  # destination role, source role
 }  # fmt: skip
 
 
-def prompts_of(split: str, tokenizer: PreTrainedTokenizerFast, context: int, n: int) -> Batch:
+def prompts_of(split: str, loaded: Model, n: int) -> Batch:
     """The first `n` drawn prompts of a split, ABBA and BABA in equal numbers."""
     templates, held_out, giver = SPLITS[split]
     table = ioi_prompts(30 * n, seed=2024, templates=templates, giver=giver)
     pairs = [held_out_pair(*names) for names in zip(table["io"], table["s"], strict=True)]
     table = table[[pair == held_out for pair in pairs]]
     table = table.groupby("order").head(n // 2)
-    return encode(table, tokenizer, bos=True, max_length=context)
+    return encode(loaded, table, bos=True)
 
 
 @torch.no_grad()
@@ -60,13 +60,11 @@ def scored(model: GPT2LMHeadModel, batch: Batch) -> pd.DataFrame:
     return pd.DataFrame({"order": batch.table["order"], **columns, "logit_difference": gap.numpy()})
 
 
-def accuracy_table(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, n: int = 1000
-) -> pd.DataFrame:
+def accuracy_table(model: GPT2LMHeadModel, loaded: Model, n: int = 1000) -> pd.DataFrame:
     """Means over `n` prompts per split, ABBA and BABA apart."""
-    context, found = model.config.n_positions, {}
+    found = {}
     for split in SPLITS:
-        rows = scored(model, prompts_of(split, tokenizer, context, n))
+        rows = scored(model, prompts_of(split, loaded, n))
         found[split] = rows.groupby("order").mean()
     return pd.concat(found, names=["split"]).reset_index()
 
@@ -157,7 +155,7 @@ def direct_attribution(model: GPT2LMHeadModel, z: Tensor, batch: Batch) -> Tenso
 
 
 def head_evidence(
-    model: GPT2LMHeadModel, batch: Batch, folder: Path
+    model: GPT2LMHeadModel, batch: Batch, loaded: Model
 ) -> tuple[pd.DataFrame, dict[tuple[int, int], Tensor]]:
     """One row a head: attention by role, direct attribution, effect of ablation, spectrum."""
     pattern, z = run_heads(model, batch)
@@ -169,7 +167,7 @@ def head_evidence(
     table = pd.DataFrame({"head": [f"{x}.{y}" for x, y in heads]})
     table = table.join(attention_table(pattern, batch)).join(pd.DataFrame(effects))
     table["direct attribution"] = direct_attribution(model, z, batch).flatten().numpy()
-    svd = head_svd(qk_forms(load_model(folder, device="cpu", dtype=torch.float64)))
+    svd = head_svd(loaded)
     table["participation of σ"] = head_table(svd)["participation"]
     return table, constants
 
@@ -265,11 +263,11 @@ class Candidate:
 
 def measure(folder: Path, recipe: dict, n: int = 1000) -> Candidate:
     """Everything the gates, the choice and the model card need, on the CPU."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded = load_model(folder, device="cpu", dtype=torch.float64)
     model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
-    accuracy = accuracy_table(model, tokenizer, n)
-    batch = prompts_of("seen", tokenizer, model.config.n_positions, 200)
-    heads, constants = head_evidence(model, batch, folder)
+    accuracy = accuracy_table(model, loaded, n)
+    batch = prompts_of("seen", loaded, 200)
+    heads, constants = head_evidence(model, batch, loaded)
     stages = stage_evidence(model, batch, heads, constants)
     missed = missed_gates(accuracy) + missed_stages(stages)
     return Candidate(folder, recipe, accuracy, heads, stages, missed, worst(accuracy))

@@ -9,22 +9,22 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import evidence
 import stories
 import train_gpt2_ioi as script
-from sparse_signals.core.checkpoints import NAMES
+from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
-from sparse_signals.core.sentences import TEMPLATES
+from sparse_signals.core.sentences import NAMES, TEMPLATES
 
 MODEL = script.ASSETS
 TINY = script.Recipe(steps=6, patience=2, batch=2, context=24, width=32, layers=3, heads=1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
+def loaded():
+    return load_model(MODEL, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,17 @@ def test_size_and_shape(model):
     assert model.config.n_embd // model.config.n_head >= 32
 
 
-def test_every_prompt_is_in_the_vocabulary(model, tokenizer):
+def test_every_prompt_is_in_the_vocabulary(loaded):
     for giver in ("repeated", "third"):
-        prompts = ioi_prompts(500, tokenizer=tokenizer, giver=giver)
-        batch = encode(prompts, tokenizer, bos=True, max_length=model.config.n_positions)
+        prompts = ioi_prompts(500, tokenizer=loaded.tokenizer, giver=giver)
+        batch = encode(loaded, prompts, bos=True)
         assert ["".join(x[1:]) for x in batch.labels] == list(prompts["text"])
-    assert len(evidence.prompts_of("unseen both", tokenizer, 48, 40).table) == 40
-    assert set(ioi_prompts(1500, tokenizer=tokenizer)["io"]) == set(NAMES)
+    assert len(evidence.prompts_of("unseen both", loaded, 40).table) == 40
+    assert set(ioi_prompts(1500, tokenizer=loaded.tokenizer)["io"]) == set(NAMES)
 
 
-def test_gates(model, tokenizer):
-    accuracy = evidence.accuracy_table(model, tokenizer, n=400)
+def test_gates(model, loaded):
+    accuracy = evidence.accuracy_table(model, loaded, n=400)
     assert evidence.missed_gates(accuracy) == []
 
 
@@ -68,9 +68,9 @@ def test_the_card_shows_two_composed_stages():
     assert "{{" not in (MODEL / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_stages_compose(model, tokenizer):
+def test_the_stages_compose(model, loaded):
     table = pd.read_csv(MODEL / "heads.csv", dtype={"head": str})
-    batch = evidence.prompts_of("unseen both", tokenizer, model.config.n_positions, 60)
+    batch = evidence.prompts_of("unseen both", loaded, 60)
     _, z = evidence.run_heads(model, batch)
     means = {(x, y): z[x][batch.mask].mean(0)[y] for x in range(len(z)) for y in range(z.shape[3])}
     stages = evidence.stage_evidence(model, batch, table, means)
