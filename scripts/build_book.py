@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparse_signals.app.notebook import DEFAULT_MODEL
+from sparse_signals.core.names import DEFAULT_MODEL, chosen_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
@@ -51,7 +51,7 @@ def build(source: Path) -> None:
 
 def main() -> int:
     """Build, and say where the site is or that nothing was changed."""
-    model = os.environ.get("MODEL") or DEFAULT_MODEL
+    model = chosen_model()
     print(f"Building the book on {model} ...", flush=True)
     try:
         build(ROOT if model == DEFAULT_MODEL else prepare_edition(model))

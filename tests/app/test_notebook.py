@@ -1,4 +1,3 @@
-import os
 import sys
 from types import SimpleNamespace
 
@@ -102,18 +101,10 @@ def stub_models(monkeypatch):
     torch.set_grad_enabled(True)
 
 
-def test_setup_loads_the_shipped_model_in_float64_offline(stub_models):
+def test_setup_loads_the_model_of_the_edition_in_float64(stub_models):
     assert setup("01-attention-math") == "model"
-    assert stub_models == [(("gpt2-ioi",), {"dtype": torch.float64})]
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert stub_models == [((), {"dtype": torch.float64})]
     assert torch.are_deterministic_algorithms_enabled()
-
-
-def test_setup_takes_the_model_of_the_edition(stub_models, monkeypatch):
-    monkeypatch.setenv("MODEL", "gpt2-small")
-    setup("01-attention-math")
-    assert stub_models[0][0] == ("gpt2-small",)
-    assert os.environ["HF_HUB_OFFLINE"] == ""  # it may come from the hub
 
 
 def test_setup_gives_each_chapter_its_own_random_numbers(stub_models):

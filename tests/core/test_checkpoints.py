@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from random_models import SIZES, save_random_model
+from random_models import ROTARY, SIZES, save_random_model
 from sparse_signals.core import checkpoints
-from sparse_signals.core.checkpoints import GPT2_SMALL, NAMES, ModelError
+from sparse_signals.core.checkpoints import GPT2_SMALL, ModelError
+from sparse_signals.core.names import MODEL_NAMES
 from sparse_signals.core.model import load_model
 
 
@@ -79,12 +80,65 @@ def test_other_architectures_are_refused(checkpoint, kind, reason):
     [
         ("scale_attn_weights", False),
         ("reorder_and_upcast_attn", True),
+        ("add_cross_attention", True),
+        ("is_causal", False),
+        ("partial_rotary_factor", 0.5),
         ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("rope_scaling", {"partial_rotary_factor": 0.5}),
     ],
 )
 def test_settings_that_change_the_score_are_refused(checkpoint, setting, value):
     write_config(checkpoint, **{setting: value})
-    assert "cannot use" in error_of(checkpoint)
+    [(name, refused)] = (value if isinstance(value, dict) else {setting: value}).items()
+    assert f"its {name} is {json.dumps(refused)}, not " in error_of(checkpoint)
+
+
+def test_cross_attention_with_its_weights_is_refused(tmp_path):
+    directory = save_random_model(tmp_path / "both", "gpt2", **SIZES, add_cross_attention=True)
+    assert "its add_cross_attention is true, not false" in error_of(directory)
+
+
+@pytest.mark.parametrize("setting", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "short_factor": 4 * [1.0], "long_factor": 4 * [2.0]},
+        {"type": "su"},
+        {"rope_type": "proportional"},
+        {"rope_type": None},
+        {"full_attention": {"rope_type": "longrope"}},
+    ],
+)
+def test_rotations_that_are_not_modelled_are_refused(tmp_path, setting, rope):
+    directory = save_random_model(tmp_path / "rotary", "llama", **ROTARY)
+    write_config(directory, **{"rope_parameters": None, "rope_scaling": None, setting: rope})
+    message = error_of(directory)
+    assert "the rotations that are modelled are default, linear, dynamic, yarn, llama3" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {"return_dict": False}),
+        ("gpt2", {"num_key_value_heads": 2}),
+        ("gpt2", {"sliding_window": "wide"}),
+        ("gpt2", {"layer_types": 3 * ["sliding_attention"]}),
+        ("mistral", {"sliding_window": 0}),
+        ("qwen2", {"layer_types": 3 * ["chunked_attention"]}),
+        ("llama", {"rope_parameters": [1]}),
+    ],
+)
+def test_odd_settings_are_refused_before_they_are_met(tmp_path, kind, changes):
+    sizes = SIZES if kind == "gpt2" else ROTARY
+    directory = save_random_model(tmp_path / "odd", kind, **sizes)
+    write_config(directory, **changes)
+    assert str(directory) in error_of(directory)
+
+
+def test_a_model_that_is_run_otherwise_than_by_transformers_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoints, "USUAL", {})
+    write_config(checkpoint, is_causal=False)
+    assert "a setting in config.json makes it another model" in error_of(checkpoint)
 
 
 def test_pickled_weights_are_refused(checkpoint):

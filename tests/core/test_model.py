@@ -9,12 +9,21 @@ import pytest
 import torch
 
 from random_models import ROTARY, SIZES, save_random_model
-from reference import centred_gap, plain_logits, score_gap
+from reference import centred_gap, plain_logits, projected, score_gap
 from sparse_signals.core import model as models
 from sparse_signals.core.checkpoints import ModelError
 from sparse_signals.core.model import HOOKS, activations, load_model, logits, qk_weights
+from sparse_signals.core.rotary import rotate, rotation
 
 KINDS = ("gpt2", "llama", "qwen2")
+STRETCHED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+ROPES = (
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "linear", **STRETCHED},
+    {"rope_type": "dynamic", **STRETCHED},
+    {"rope_type": "yarn", "attention_factor": 1.7, **STRETCHED},
+    {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED},
+)
 TOKENS = torch.randint(0, 50, (5, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -92,6 +101,7 @@ def test_query_and_key_biases_are_read(tiny_qwen2, tiny_gpt2):
         ("llama", {**ROTARY, "head_dim": 12}),
         ("llama", {**ROTARY, "attention_bias": True, "rms_norm_eps": 0.1}),
         ("mistral", {**ROTARY, "sliding_window": 16}),
+        *(("llama", {**ROTARY, "rope_parameters": rope}) for rope in ROPES),
     ],
 )
 def test_variants_are_honoured(tmp_path, kind, config):
@@ -104,11 +114,25 @@ def test_variants_are_honoured(tmp_path, kind, config):
     assert model.n_ctx == config.get("sliding_window", 32)
 
 
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_scores_follow_from_weights_and_positions_at_every_length(tmp_path, rope):
+    """Also of a short prompt after a long one: the angles are the same."""
+    directory = save_random_model(tmp_path, "llama", **ROTARY, rope_parameters=rope)
+    model = load_model(directory, "cpu", torch.float64)
+    for length in (5, 32, 5):
+        tokens = torch.randint(0, 50, (3, length), generator=torch.Generator().manual_seed(0))
+        kept = activations(model, tokens, ("normalized", "scores"))
+        angles = rotation(model, torch.arange(length))
+        q, k = (rotate(x, *angles) for x in projected(model, kept))
+        rebuilt = q @ k.mT / model.divisor[:, None, None, None, None]
+        torch.testing.assert_close(rebuilt.tril(), kept["scores"].tril(), rtol=0, atol=1e-9)
+
+
 def test_scale_grows_with_the_layer_where_the_config_says_so(tmp_path):
     config = {**SIZES, "scale_attn_by_inverse_layer_idx": True}
     model = load_model(save_random_model(tmp_path, "gpt2", **config), "cpu")
     torch.testing.assert_close(
-        qk_weights(model).scale, 8**0.5 * torch.tensor([1, 2, 3], dtype=torch.float64)
+        qk_weights(model).divisor, 8**0.5 * torch.tensor([1, 2, 3], dtype=torch.float64)
     )
 
 
@@ -174,7 +198,7 @@ def test_half_precision_is_refused(tiny_directories):
 
 def test_the_hub_is_switched_off_before_transformers_is_imported(tiny_directories):
     code = (
-        "import sys; from sparse_signals.models import load_model;"
+        "import sys; from sparse_signals.core.model import load_model;"
         "assert not {'transformers', 'huggingface_hub'} & set(sys.modules);"
         f"load_model({str(tiny_directories['gpt2'])!r}, device='cpu');"
         "import huggingface_hub.constants as c; assert c.HF_HUB_OFFLINE"

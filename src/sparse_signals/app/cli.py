@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
+from sparse_signals.core.names import DEFAULT_MODEL, MODEL_NAMES
 
 DESCRIPTION = """\
 Which slices carry the attention scores of a language model, and from which components they come.
@@ -131,8 +132,8 @@ def _add_input(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         metavar="NAME_OR_DIR",
-        help="gpt2-ioi (the default, shipped), gpt2-small, smollm2-135m, or a directory in "
-        "Hugging Face format; without it, the environment variable MODEL",
+        help=f"{', '.join(MODEL_NAMES)}, or a directory in Hugging Face format (default: the "
+        f"environment variable MODEL, or {DEFAULT_MODEL}, which is shipped)",
     )
     group = command.add_argument_group("prompts (one of the three)")
     group = group.add_mutually_exclusive_group()
@@ -154,6 +155,12 @@ def _add_input(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--seed", metavar="S", type=int, default=0, help="which --ioi prompts are drawn (default 0)"
+    )
+    command.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="put the beginning-of-sequence token in front of every prompt, or not (default: "
+        "where the model had it in training)",
     )
 
 

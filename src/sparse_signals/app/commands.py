@@ -155,7 +155,7 @@ def understand(options: Namespace, started: float) -> Job:
     if model.tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer: put its tokenizer.json beside the model")
     table = prompt_table(options, model)
-    batch = plain_batch(model, table)
+    batch = plain_batch(model, table, options)
     if options.command == "trace":
         batch = named_batch(model, table, batch, options)
     return Job(options, model, batch, settings, open_folder(options.out), started)
@@ -193,9 +193,13 @@ def prompt_table(options: Namespace, model: Model) -> pd.DataFrame:
     return ioi_prompts(options.ioi, options.seed, tokenizer=model.tokenizer)
 
 
-def plain_batch(model: Model, prompts: pd.DataFrame | Sequence[str]) -> Batch:
+def plain_batch(model: Model, prompts: pd.DataFrame, options: Namespace) -> Batch:
     """Prompts as tokens; only "end" is known of them, whatever names they have."""
-    return _encoded(model, list(prompts["text"]))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        batch = encode(model, prompts[["text"]], bos=options.bos)
+    for warning in [] if options.quiet else caught:
+        print(f"{PROGRAM}: {warning.message}", file=sys.stderr)
+    return batch
 
 
 def named_batch(model: Model, prompts: pd.DataFrame, plain: Batch, options: Namespace) -> Batch:
@@ -203,24 +207,14 @@ def named_batch(model: Model, prompts: pd.DataFrame, plain: Batch, options: Name
     roots = [*options.root, *options.firing]
     places = {place for root in roots for place in root[2:]}
     try:
-        return _encoded(model, with_names(prompts))
+        with warnings.catch_warnings(action="ignore"):  # it has been said
+            return encode(model, with_names(prompts), bos=options.bos)
     except PromptError as error:
         if not roots or any(isinstance(place, str) and place != "end" for place in places):
             raise UsageError(f"{error}; without names, say where to start: --root L.H") from error
         if not options.quiet:
             print(f"{PROGRAM}: no roles but end and other: {error}", file=sys.stderr)
         return plain
-
-
-def _encoded(model: Model, prompts: pd.DataFrame | Sequence[str]) -> Batch:
-    batch = encode(model, prompts)
-    words = len(model.bridge.embed.W_E)
-    if (largest := int(batch.tokens.max())) >= words:
-        raise UsageError(
-            f"the tokenizer of {model.name} does not fit: it gives token {largest}, "
-            f"the model has {words}"
-        )
-    return batch
 
 
 def describe_prompts(job: Job) -> str:

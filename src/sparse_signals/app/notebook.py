@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from sparse_signals.core.names import chosen_model
 from sparse_signals.core.numbers import fmt, is_number
 
 if TYPE_CHECKING:
     from sparse_signals.core.model import Model
-
-DEFAULT_MODEL = "gpt2-ioi"
-HUB_MODELS = {"gpt2-small"}  # the only ones that may need the network
 
 
 def setup(chapter: str) -> "Model":
@@ -26,9 +24,6 @@ def setup(chapter: str) -> "Model":
     `chapter` is the chapter's name and seeds the random numbers. The environment variable MODEL
     names another model than the shipped `gpt2-ioi`. Raises ModelError when it cannot be loaded.
     """
-    name = os.environ.get("MODEL") or DEFAULT_MODEL
-    if name not in HUB_MODELS:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before transformers is imported
     _be_quiet()
     import torch
 
@@ -39,7 +34,7 @@ def setup(chapter: str) -> "Model":
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_grad_enabled(False)
     use_book_renderer()
-    return load_model(name, dtype=torch.float64)
+    return load_model(dtype=torch.float64)
 
 
 def _be_quiet() -> None:
@@ -109,8 +104,7 @@ def edition() -> dict[str, str]:
 
     names = ("sparse-signals", "torch", "transformers", "transformer-lens")
     device = "GPU" if torch.cuda.is_available() else "CPU"
-    model = os.environ.get("MODEL") or DEFAULT_MODEL
-    return {"model": os.path.basename(model.rstrip("/")), "device": device} | {
+    return {"model": os.path.basename(chosen_model().rstrip("/")), "device": device} | {
         name: _version(name) for name in names
     }
 

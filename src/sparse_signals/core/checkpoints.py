@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-MODEL_NAMES = ("gpt2-ioi", "gpt2-small", "smollm2-135m")
+from sparse_signals.core.names import MODEL_NAMES
+
 GPT2_SMALL = ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
 GPT2_SMALL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -33,8 +34,16 @@ REFUSED = {
     "gemma3_text": "it normalises queries and keys inside the head",
     "gpt_neox": "it rotates only a part of each head",
 }
-# Settings that would make scores something else than q·k / scale in full precision.
-USUAL = {"scale_attn_weights": True, "reorder_and_upcast_attn": False, "partial_rotary_factor": 1}
+# Settings that would make scores something else than q·k / scale over all tokens so far.
+USUAL = {
+    "scale_attn_weights": True,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "is_causal": True,
+    "partial_rotary_factor": 1,
+}
+# The angles of these depend on nothing but the position, up to the longest prompt.
+ROTATIONS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 class ModelError(ValueError):
@@ -156,12 +165,26 @@ def _architecture(directory: Path) -> str:
             f"cannot use {directory}, a model of type {kind!r}: {reason} "
             f"(types that work: {', '.join(ARCHITECTURES)})"
         )
-    settings = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
-    for setting, usual in USUAL.items():
-        if settings.get(setting, usual) != usual:
-            value = json.dumps(settings[setting])
-            raise ModelError(f"cannot use {directory}: its {setting} is {value}, not {usual}")
+    _check_settings(directory, config)
     return ARCHITECTURES[kind]
+
+
+def _check_settings(directory: Path, config: dict[str, Any]) -> None:
+    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    ropes = [rope for rope in ropes if isinstance(rope, dict)]
+    ropes += [each for rope in ropes for each in rope.values() if isinstance(each, dict)]
+    for table in [config, *ropes]:
+        for setting, usual in USUAL.items():
+            if table.get(setting, usual) != usual:
+                value, good = json.dumps(table[setting]), json.dumps(usual)
+                raise ModelError(f"cannot use {directory}: its {setting} is {value}, not {good}")
+    for rope in ropes:
+        for setting in {"rope_type", "type"} & set(rope):
+            if rope[setting] not in ROTATIONS:
+                raise ModelError(
+                    f"cannot use {directory}: its {setting} is {json.dumps(rope[setting])}, and "
+                    f"the rotations that are modelled are {', '.join(ROTATIONS)}"
+                )
 
 
 def _read_tokenizer(directory: Path) -> Any:

@@ -17,12 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_signals.core.checkpoints import (
-    MODEL_NAMES,
-    ModelError,
-    find_checkpoint,
-    read_checkpoint,
-)
+from sparse_signals.core.checkpoints import ModelError, find_checkpoint, one_line, read_checkpoint
+from sparse_signals.core.names import HUB_MODELS, MODEL_NAMES, chosen_model
 from sparse_signals.core.smollm2 import load_smollm2
 
 HOOKS = {
@@ -43,9 +39,8 @@ HOOKS = {
 }
 ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
 TOKENS_PER_BATCH = 1024
+TRIED, TRIED_GAP = 8, 1e-3  # tokens on which a model is tried, and what rounding may do there
 BIAS_ROW = "bias row"
-DEFAULT_MODEL = "gpt2-ioi"
-HUB_MODELS = {"gpt2-small"}  # the only ones that may need the network
 T = TypeVar("T")
 
 
@@ -178,11 +173,6 @@ class QKWeights:
     centred: bool
 
 
-def chosen_model() -> str:
-    """The model that is asked for: the environment variable MODEL, or the shipped one."""
-    return os.environ.get("MODEL") or DEFAULT_MODEL
-
-
 def load_model(
     name_or_directory: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -204,6 +194,15 @@ def load_model(
         raise ModelError(f"dtype {dtype} cannot be used: choose torch.float32 or torch.float64")
     if name not in HUB_MODELS:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    try:
+        return _load(name, device, dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # a configuration can be odd in more ways than can be listed
+        raise ModelError(f"cannot use {name}: {one_line(error)}") from error
+
+
+def _load(name: str, device: str | torch.device | None, dtype: torch.dtype) -> Model:
     if name == "smollm2-135m":
         hf_model, tokenizer = load_smollm2(dtype)
     else:
@@ -211,8 +210,16 @@ def load_model(
         hf_model, tokenizer = read_checkpoint(directory, dtype)
     if name not in MODEL_NAMES:
         name = directory.resolve().name
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _bridge(hf_model.to(device).eval(), tokenizer, name)
+    hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    places = torch.arange(min(TRIED, _window(hf_model.config)), device=hf_model.device)
+    tokens = (places % hf_model.config.vocab_size).repeat(len(places), 1)
+    with torch.no_grad():
+        expected = hf_model(tokens[:1]).logits[0]  # before its parts are wrapped
+    model = _bridge(hf_model, tokenizer, name)
+    gap = (logits(model, tokens, places) - expected).abs().max()
+    if not gap <= TRIED_GAP * expected.abs().max():
+        raise ModelError(f"cannot use {name}: a setting in config.json makes it another model")
+    return model
 
 
 def wrap_model(hf_model: nn.Module, name: str, tokenizer: Any = None) -> Model:
@@ -226,6 +233,11 @@ def _starts_with_bos(name: str, tokenizer: Any) -> bool:
     if tokenizer is None or tokenizer.bos_token_id is None:
         return False
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _window(config: Any) -> int:
+    """The longest prompt. Within its window a sliding attention is an ordinary one."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31)
 
 
 def _bridge(hf_model: nn.Module, tokenizer: Any, name: str) -> Model:
@@ -251,8 +263,7 @@ def _bridge(hf_model: nn.Module, tokenizer: Any, name: str) -> Model:
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         d_model=config.hidden_size,
         d_head=bridge.blocks[0].attn.W_Q.shape[-1],
-        # Within the window a sliding attention is an ordinary one.
-        n_ctx=min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31),
+        n_ctx=_window(config),
         rotary=config.model_type != "gpt2",
     )
 

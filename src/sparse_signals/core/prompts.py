@@ -9,7 +9,8 @@ ABBA prompt the IO is named first, in a BABA prompt the subject is. The task is 
 import csv
 import random
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,8 +131,14 @@ def _name_pool(
 
 
 def _name_id(name: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
-    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+    """The token of a name after another word: some tokenizers put a space before the first one."""
+    before, ids = _plain_ids("to", tokenizer), _plain_ids(f"to {name}", tokenizer)
+    single = len(ids) == len(before) + 1 and ids[:-1] == before
+    return ids[-1] if single and ids[-1] != tokenizer.unk_token_id else None
+
+
+def _plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _draw(
@@ -155,7 +162,9 @@ def fill(text: str, slots: dict[str, str]) -> str:
 def read_texts(path: str | Path) -> pd.DataFrame:
     """Read prompts from a .txt file (one a line) or a .csv file (text and, if known, io and s).
 
-    Raises PromptError for another kind of file, one that is no UTF-8 text, and an empty one.
+    The index is the line in the file, from 1. Spaces around headers and values are dropped.
+    Raises PromptError for another kind of file, one that is no UTF-8 text, an empty one, and for
+    headers and rows that do not fit.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".csv"):
@@ -164,39 +173,76 @@ def read_texts(path: str | Path) -> pd.DataFrame:
         raise PromptError(f"no such file: {path}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            csv_file = path.suffix == ".csv"
-            rows = list(csv.DictReader(file)) if csv_file else [{"text": line} for line in file]
-    except (UnicodeDecodeError, csv.Error) as error:
+            lines = ((n, {"text": line.strip()}) for n, line in enumerate(file, 1) if line.strip())
+            rows = dict(_csv_rows(file, path.name) if path.suffix == ".csv" else lines)
+    except UnicodeDecodeError as error:
         raise PromptError(f"{path.name} is not a {path.suffix} file in UTF-8: {error}") from error
-    rows = [row | {"text": (row.get("text") or "").strip()} for row in rows]
-    rows = [row for row in rows if row["text"]]
     if not rows:
-        raise PromptError(f"{path.name} holds no prompts (a .csv file needs a column 'text')")
-    if wide := [row["text"] for row in rows if None in row]:
-        raise PromptError(f"{path.name}: a text with commas needs quotes around it: {wide[0]!r} …")
-    return pd.DataFrame(rows)
+        raise PromptError(f"{path.name} holds no prompts")
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="line"))
+
+
+def _csv_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.reader(file, skipinitialspace=True, strict=True)
+    header = [cell.strip().lower() for cell in next(reader, [])]
+    if "text" not in header:
+        raise PromptError(f"{name} needs a column 'text'; its first line is {', '.join(header)!r}")
+    if twice := [x for x in dict.fromkeys(header) if x and header.count(x) > 1]:
+        raise PromptError(f"{name} has several columns called {', '.join(twice)}: keep one of them")
+    try:
+        for cells in reader:
+            row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+            if len(cells) > len(header):
+                raise csv.Error(f"a text with commas needs quotes around it: {row['text']!r} …")
+            if any(row.values()):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise PromptError(f"{name}, line {reader.line_num}: {error}") from error
 
 
 def with_names(prompts: pd.DataFrame, names: Sequence[str] = NAMES) -> pd.DataFrame:
     """The prompts with columns io and s, inferred where they are missing, and then order.
 
-    Of `names`, the one that comes twice is the subject and the other, that comes once, the
-    indirect object. Raises PromptError for a prompt without such names.
+    Of `names` and the one that is given, if any, the one that comes twice is the subject and the
+    other, that comes once, the indirect object. Raises PromptError for a prompt without such names.
     """
-    return pd.DataFrame([row | _infer_names(row, names) for row in prompts.to_dict("records")])
+    rows = prompts.to_dict("records")
+    inferred = [_infer_names(row, names, _place(prompts, n)) for n, row in enumerate(rows)]
+    table = [row | more for row, more in zip(rows, inferred, strict=True)]
+    return pd.DataFrame(table, index=prompts.index)
 
 
-def _infer_names(row: dict, names: Sequence[str]) -> dict:
-    given = [row.get("io"), row.get("s")]
-    if all(isinstance(name, str) and name for name in given):
+def _place(table: pd.DataFrame, n: int) -> str:
+    """Where a prompt stands, to begin a message with: nowhere in particular if it is alone."""
+    name = table.index.name or ("prompt" if len(table) > 1 else "")
+    return f"{name} {table.index[n]}: " if name else ""
+
+
+def _infer_names(row: dict, names: Sequence[str], place: str) -> dict:
+    given = {key: row[key] for key in ("io", "s") if _is_name(row.get(key))}
+    if len(given) == 2:
         return {}
-    found = [word for word in re.findall(r"\w+", row["text"]) if word in names]
-    twice = [name for name in dict.fromkeys(found) if found.count(name) == 2]
-    once = [name for name in dict.fromkeys(found) if found.count(name) == 1]
-    if len(twice) != 1 or len(once) != 1:
-        raise PromptError(f"needs one name twice and another once: {row['text']!r}")
-    order = "ABBA" if found[0] == once[0] else "BABA"
-    return {"io": once[0], "s": twice[0], "order": order}
+    words = re.findall(r"\w+", row["text"])
+    found = [word for word in words if word in names or word in given.values()]
+    count = {word: found.count(word) for word in [*found, *given.values()]}
+    once = [given["io"]] if "io" in given else [x for x in count if count[x] == 1]
+    twice = [given["s"]] if "s" in given else [x for x in count if count[x] == 2]
+    if [count[x] for x in once] == [1] and [count[x] for x in twice] == [2]:
+        order = "ABBA" if found.index(once[0]) < found.index(twice[0]) else "BABA"
+        return {"io": once[0], "s": twice[0], "order": order}
+    small = dict.fromkeys(x for x in words if x not in names and x.capitalize() in names)
+    if small:
+        reason = f"a name has a capital letter, but {', '.join(small)} has none"
+    elif given:
+        reason = " and ".join(f"{key} is {x!r}, {count[x]} times there" for key, x in given.items())
+    else:
+        reason = ", ".join(f"{x} comes {n} times" for x, n in count.items()) or "it has none"
+        reason += f" of the {len(names)} built-in names; columns io and s of a .csv name others"
+    raise PromptError(f"{place}needs one name twice and another once: {row['text']!r} ({reason})")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def encode(
@@ -205,8 +251,9 @@ def encode(
     """Tokenise prompts, pad them on the right and find the positions of their roles.
 
     `bos` puts the tokenizer's beginning-of-sequence token in front (None: where the model had it
-    in training). Raises PromptError for a model without tokenizer, no prompts, an empty or too
-    long one, an unknown word, a name that is not a single token or not where it should be.
+    in training), and a prompt that begins with one itself is warned of. Raises PromptError for a
+    model without tokenizer or with that of another one, no prompts, an empty or too long one, an
+    unknown word, a name that is not a single token, or not there once (io) and twice (s).
 
     >>> batch = encode(model, ioi_prompts(4, tokenizer=model.tokenizer))
     >>> batch.tokens.shape == batch.mask.shape, sorted(batch.roles)
@@ -220,37 +267,83 @@ def encode(
     table = prompts if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"text": list(prompts)})
     if not len(table):
         raise PromptError("no prompts given")
-    table = table.reset_index(drop=True)
     start = [tokenizer.bos_token_id] if bos else []
     if None in start:
-        raise PromptError("the tokenizer has no beginning-of-sequence token")
-    rows = [start + _token_ids(text, tokenizer) for text in table["text"]]
+        raise PromptError(f"the tokenizer of {model.name} has no beginning-of-sequence token")
+    texts = enumerate(table["text"])
+    rows = [start + _token_ids(text, model, _place(table, n)) for n, text in texts]
+    if twice := [n for n, row in enumerate(rows) if bos and row[:2] == 2 * start]:
+        where, more = _place(table, twice[0]), f" (as do {len(twice) - 1} more)" * (len(twice) > 1)
+        message = f"begins with {tokenizer.bos_token} twice, once of its own{more}: keep one"
+        warnings.warn(f"{where}{message}", stacklevel=2)
     _check_lengths(rows, table["text"], model.n_ctx)
-    tokens, mask = _pad(rows, tokenizer)
+    words = _check_ids(rows, model)
+    tokens, mask = _pad(rows, tokenizer, words)
     labels = [[tokenizer.decode([token]) for token in row] for row in rows]
     if not {"io", "s"} <= set(table.columns):
-        return Batch(table, tokens, mask, labels, {}, None, None)
-    io, s = (_ids(table[column], tokenizer) for column in ("io", "s"))
-    return Batch(table, tokens, mask, labels, _roles(table, tokens, mask, tokenizer), io, s)
+        return Batch(table.reset_index(drop=True), tokens, mask, labels, {}, None, None)
+    io, s = (_ids(table, column, tokenizer) for column in ("io", "s"))
+    roles = _roles(table, tokens, mask, tokenizer)
+    return Batch(table.reset_index(drop=True), tokens, mask, labels, roles, io, s)
 
 
-def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _token_ids(text: str, model: Model, place: str) -> list[int]:
     if not text.strip():
-        raise PromptError("an empty prompt")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.unk_token_id in ids:
-        words = re.findall(r"\w+|[^\w\s]+", text)
-        unknown = [word for word in words if _is_unknown(word, tokenizer)]
+        raise PromptError(f"{place}an empty prompt")
+    tokenizer = model.tokenizer
+    ids = _plain_ids(text, tokenizer)
+    if _unknowns(text, ids, tokenizer):
+        raise PromptError(f"{place}{_unknown(text, tokenizer)}")
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not any(_reads_as(decoded, form) for form in _forms(text, tokenizer)):
         raise PromptError(
-            f"not in the vocabulary: {', '.join(unknown) or 'a special token'} "
-            f"(the model knows {len(tokenizer):,} words)"
+            f"{place}the tokenizer beside {model.name} is not its own, or has the wrong class: "
+            f"its tokens read {decoded[:60]!r}, the prompt is {text[:60]!r}"
         )
     return ids
 
 
-def _is_unknown(word: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    forms = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (word, f" {word}"))
-    return all(tokenizer.unk_token_id in ids for ids in forms)
+def _unknowns(text: str, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens are unknown. Where no word is, that token may be another special one too."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return ids.count(unknown) - text.count(tokenizer.unk_token or "\0")
+    return ids.count(unknown)
+
+
+def _forms(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The text, and what the tokenizer's own normalisation makes of it: "▁" may be a space."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normal = normalizer.normalize_str(text) if normalizer else text
+    return [text, normal.replace("▁", " ")]
+
+
+def _reads_as(decoded: str, text: str) -> bool:
+    """Whether the same characters come in the same order, with a space where the text has one."""
+    ends = [set(np.cumsum([len(word) for word in x.split()])) for x in (decoded, text)]
+    return "".join(decoded.split()) == "".join(text.split()) and ends[0] >= ends[1]
+
+
+def _unknown(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Why a text has unknown tokens, and what to do about it."""
+
+    def known(part: str) -> bool:
+        return tokenizer.unk_token_id not in _plain_ids(part, tokenizer)
+
+    if tokenizer.unk_token in text:
+        return f"{tokenizer.unk_token} is a special token, no word: leave it out"
+    words = re.findall(r"\w+|[^\w\s]+", text)
+    if unknown := [word for word in words if not (known(word) or known(f" {word}"))]:
+        large = {x: x.capitalize() for x in unknown if known(f" {x.capitalize()}")}
+        hints = [f"{x} (write {large[x]})" if x in large else x for x in dict.fromkeys(unknown)]
+        return (
+            f"not in the vocabulary: {', '.join(hints)} (the model knows {len(tokenizer):,} words)"
+        )
+    if known(" ".join(text.split())):
+        return f"a space too many, at the start, at the end or beside another: {text!r}"
+    parts = [part for part in re.findall(r"\s?(?:\w+|[^\w\s]+)", text) if not known(part)]
+    places = [f"{x.strip()!r} is known only {'without' if x[0] == ' ' else 'with'}" for x in parts]
+    return f"{', '.join(places)} a space before it: {text!r}"
 
 
 def _check_lengths(rows: list[list[int]], texts: Iterable[str], max_length: int) -> None:
@@ -259,10 +352,22 @@ def _check_lengths(rows: list[list[int]], texts: Iterable[str], max_length: int)
             raise PromptError(f"{len(row)} tokens, the limit is {max_length}: {text[:60]!r} …")
 
 
+def _check_ids(rows: list[list[int]], model: Model) -> int:
+    """The number of tokens that the model has, which all of these must be among."""
+    words, largest = len(model.bridge.embed.W_E), max(map(max, rows))
+    if largest >= words:
+        raise PromptError(
+            f"the tokenizer of {model.name} does not fit: it gives token {largest}, "
+            f"the model has {words}"
+        )
+    return words
+
+
 def _pad(
-    rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase"
+    rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", words: int
 ) -> tuple[Int[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
-    filler = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(x for x in fillers if x is not None and x < words)  # one may have been added
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tokens = torch.full(mask.shape, filler)
@@ -270,8 +375,13 @@ def _pad(
     return tokens, mask
 
 
-def _ids(names: pd.Series, tokenizer: "PreTrainedTokenizerBase") -> Int[Tensor, "prompt"]:
-    known = {name: _name_id(name, tokenizer) for name in names.unique()}
+def _ids(
+    table: pd.DataFrame, column: str, tokenizer: "PreTrainedTokenizerBase"
+) -> Int[Tensor, "prompt"]:
+    names = table[column].tolist()
+    if missing := [n for n, name in enumerate(names) if not _is_name(name)]:
+        raise PromptError(f"{_place(table, missing[0])}no name in column {column}")
+    known = {name: _name_id(name, tokenizer) for name in dict.fromkeys(names)}
     split = [name for name, token in known.items() if token is None]
     if split:
         raise PromptError(f"not a single token with a space before it: {', '.join(split)}")
@@ -284,16 +394,34 @@ def _roles(
     mask: Bool[Tensor, "prompt pos"],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Int[Tensor, "prompt"]]:
-    wanted = {"IO": ("io", 0), "S1": ("s", 0)}
-    wanted |= {"third": ("third", 0)} if "third" in table else {"S2": ("s", 1)}
+    wanted = {"io": ["IO"], "s": ["S1"] if "third" in table else ["S1", "S2"]}
+    wanted |= {"third": ["third"]} if "third" in table else {}
     roles = {}
-    for role, (column, nth) in wanted.items():
-        hits = (tokens == _ids(table[column], tokenizer)[:, None]) & mask
-        nth_hit = hits & (hits.cumsum(1) == nth + 1)
-        if missing := (~nth_hit.any(1)).nonzero().flatten().tolist():
-            raise PromptError(f"no {role} in prompt {missing[0]}: {table['text'][missing[0]]!r}")
-        roles[role] = nth_hit.int().argmax(1)
+    for column, names in wanted.items():
+        hits = (tokens == _ids(table, column, tokenizer)[:, None]) & mask
+        for n, found in enumerate(hits.sum(1).tolist()):
+            _check_name(table.iloc[n], column, found, len(names), _place(table, n))
+        order = hits.cumsum(1)
+        for nth, role in enumerate(names, 1):
+            roles[role] = (hits & (order == nth)).int().argmax(1)
     return roles | {"S1+1": roles["S1"] + 1, "end": mask.sum(1) - 1}
+
+
+def _check_name(row: pd.Series, column: str, found: int, wanted: int, place: str) -> None:
+    """Refuse a name that is not where its role says; `found` is how often its token is there."""
+    name, text = row[column], row["text"]
+    there = len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", text))
+    if row["io"] == row["s"]:
+        problem = f"io and s are both {name!r}"
+    elif there != wanted:
+        problem = f"{column} is {name!r}, which is there {there} times, not {wanted}"
+    elif found < wanted:
+        problem = f"{name!r} is another token without a space before it: write a word before it"
+    elif found > wanted:
+        problem = f"the token of {name!r} is part of another word too"
+    else:
+        return
+    raise PromptError(f"{place}{problem}: {text!r}")
 
 
 def role_table(batch: Batch) -> pd.DataFrame:
