@@ -122,10 +122,11 @@ def _summary(each: pd.DataFrame, of: int, repeats: int, seed: int) -> pd.DataFra
     ).reset_index()
     number, size = groups.ngroup().to_numpy(), len(table)
     prompt, times = each["prompt"].to_numpy(), each["times"].to_numpy()
+    weight = each["weight"].to_numpy()
 
     def resampled(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count = np.bincount(number, times * draw[prompt], size)
-        total = np.bincount(number, each["weight"] * times * draw[prompt], size)
+        total = np.bincount(number, weight * times * draw[prompt], size)
         return count, np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
 
     table["weight"] = resampled(np.ones(of))[1]
