@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -28,18 +30,19 @@ from sparse_signals.app.cli import (
 )
 from sparse_signals.app.commands import edge_table, firing_table
 from sparse_signals.core import run as core_run
-from sparse_signals.core.checkpoints import NAMES
 from sparse_signals.core.model import load_model
+from sparse_signals.core.names import MODEL_NAMES
 from sparse_signals.core.prompts import encode, ioi_prompts, with_names
-from sparse_signals.core.run import read_attention
-from sparse_signals.heads.svd import head_svd, qk_forms
+from sparse_signals.core.run import run
+from sparse_signals.core.stats import DRAWS
 from sparse_signals.signals.firings import find_firings
-from sparse_signals.signals.slices import coordinates, sparsity, support
+from sparse_signals.signals.slices import slices, sparsity, support
+from sparse_signals.tracing import circuit as circuits
 from sparse_signals.tracing import trace as tracing
 from sparse_signals.tracing.circuit import FORMATS, Circuit, pool, read_circuit
 from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root, strongest_roots
-from sparse_signals.tracing.trace import trace, trace_run
+from sparse_signals.tracing.trace import trace, trace_chunk
 
 SHIPPED = files("sparse_signals") / "assets" / "gpt2-ioi"
 BOOK = Path(__file__).parents[2] / "book"
@@ -57,35 +60,46 @@ def out(tmp_path):
 def said(capsys, out):
     """Run a command line with --out, and return exit code, output and errors."""
 
-    def run(line, *more):
+    def call(line, *more):
         folder = [] if "--out" in line or not line else ["--out", str(out)]
         code = main([*shlex.split(line), *map(str, more), *folder])
         return code, *capsys.readouterr()
 
-    return run
+    return call
 
 
 @pytest.fixture
 def refused(said, out):
     """Run a command line that must fail with one clear line and write nothing."""
 
-    def run(line, *more):
+    def call(line, *more):
         code, output, error = said(line, *more)
         assert code == 2 and output == ""
         error = re.sub(r"^\r.*\r", "", error).splitlines()[-1]
         assert error.startswith("sparse-signals: ") and "Traceback" not in error
-        assert not [path for path in out.rglob("*") if path.is_file()]
+        assert not out.exists() or not list(out.iterdir())
         return error
 
-    return run
+    return call
+
+
+shipped = cache(load_model)
+
+
+@pytest.fixture(autouse=True)
+def shared(monkeypatch):
+    """The shipped model is loaded once, with what follows from its weights."""
+
+    def load(name, dtype):
+        return (load_model if name else shipped)(name, dtype=dtype)
+
+    monkeypatch.setattr(commands, "load_model", load)
 
 
 @pytest.fixture(scope="module")
 def ioi():
-    model = load_model("gpt2-ioi")
-    table = ioi_prompts(8, 3, tokenizer=model.tokenizer)
-    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
-    return model, batch
+    model = shipped(None, dtype=torch.float32)
+    return run(model, encode(model, ioi_prompts(8, 3, tokenizer=model.tokenizer)))
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +112,48 @@ def rotary(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def page(monkeypatch):
+    """Circuits with a page that is not drawn, which would take a while."""
+
+    def write(circuit, path):
+        path.write_text(str(circuit.facts), encoding="utf-8")
+
+    entry = SimpleNamespace(load=lambda: write)
+    monkeypatch.setattr(circuits, "entry_points", lambda **_: [entry])
+
+
 @pytest.fixture
-def no_page(monkeypatch):
-    """Circuits without their page, which takes a while to draw."""
-    monkeypatch.setattr("sparse_signals.app.page.write_page", lambda path, *_, **__: path)
+def chunks_of_one(monkeypatch):
+    """A chunk for every prompt."""
+    monkeypatch.setattr(core_run, "CHUNK_PROMPTS", 1)
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Make work on chunks raise an error at the n-th call, and return the chunks worked on."""
+
+    def prepare(n, error=KeyboardInterrupt):
+        calls = []
+
+        def failing(real, first):
+            calls.append(first)
+            if len(calls) == n:
+                raise error
+            return real()
+
+        def firings(part, settings, first):
+            return failing(lambda: real_firings(part, settings, first), first)
+
+        def chunk(part, roots, settings, first):
+            return failing(lambda: real_chunk(part, roots, settings, first), first)
+
+        monkeypatch.setattr(commands, "firing_table", firings)
+        monkeypatch.setattr(tracing, "trace_chunk", chunk)
+        return calls
+
+    real_firings, real_chunk = firing_table, trace_chunk
+    return prepare
 
 
 def lists(column):
@@ -117,18 +169,21 @@ def test_help_comes_at_once_and_says_what_there_is(capsys, monkeypatch):
     command = [sys.executable, "-m", "sparse_signals", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
     assert "examples:" in text and "Exit codes" in text
     assert main([]) == 0 and capsys.readouterr().out == text
     with pytest.raises(SystemExit) as stopped:
         main(["trace", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in NAMES)
+    assert all(name in text for name in MODEL_NAMES)
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_read():
-    code = "import sys, sparse_signals.__main__; print({'torch', 'pandas'} & set(sys.modules))"
+    code = (
+        "import sys, sparse_signals as ss, sparse_signals.__main__; dir(ss);"
+        "print({'torch', 'pandas', 'numpy'} & set(sys.modules))"
+    )
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "set()"
 
@@ -151,12 +206,16 @@ def test_examples_are_understood():
 @pytest.mark.parametrize(
     "example", [x for x in examples() if not re.search("--(model|prompts)", x)]
 )
-def test_examples_on_the_shipped_model_run(example, said, no_page, tmp_path, monkeypatch):
+def test_examples_on_the_shipped_model_run(example, said, tmp_path, monkeypatch):
+    def few(n, *more, **names):
+        return ioi_prompts(min(n, 8), *more, **names)
+
+    monkeypatch.setattr(commands, "ioi_prompts", few)
     monkeypatch.chdir(tmp_path)
     assert said(example)[0] == 0
 
 
-def test_documented_columns_are_those_of_the_files(said, out, no_page):
+def test_documented_columns_are_those_of_the_files(said, out):
     assert said("signals --ioi 2 --quiet")[0] == said("trace --ioi 2 --quiet")[0] == 0
     columns = list(pd.read_parquet(out / "firings.parquet").columns)
     assert ", ".join(columns) in " ".join(SIGNALS.split()).replace(" (singular pairs, from 0)", "")
@@ -179,17 +238,15 @@ def test_the_console_script_is_main():
 
 
 def test_signals_are_those_of_the_library(said, out, ioi):
-    model, batch = ioi
     code, output, error = said("signals --ioi 8 --seed 3 --level 0.4 --fraction 0.9")
     table = pd.read_parquet(out / "firings.parquet")
-    attention = read_attention(model, batch.tokens, batch.mask)
-    pairs = find_firings(attention, 0.4)
-    slices = coordinates(head_svd(qk_forms(model)), attention, pairs).slices
+    pairs = find_firings(ioi, 0.4)
+    parts = slices(ioi, pairs)
     expected = pairs.table()[list(table.columns[:7])]
     pd.testing.assert_frame_equal(table[expected.columns], expected)
-    measures = sparsity(slices, 0.9).rename(columns={"support": "size"})
+    measures = sparsity(parts, 0.9).rename(columns={"support": "size"})
     pd.testing.assert_frame_equal(table[measures.columns], measures)
-    chosen = support(slices, 0.9)
+    chosen = support(parts, 0.9)
     assert lists(table["support"]) == [row.nonzero().flatten().tolist() for row in chosen]
     assert table["error"].max() < 1e-12
     assert code == 0 and f"8 prompts: {len(table):,} firings" in output
@@ -224,29 +281,23 @@ def test_prompts_on_which_nothing_fires_give_an_empty_table(said, out):
     assert len(pd.read_parquet(out / "firings.parquet")) == 0
 
 
-def test_signals_that_were_cut_off_go_on(said, out, monkeypatch):
+def test_signals_that_were_cut_off_go_on(said, out, monkeypatch, stopping):
     assert said("signals --ioi 5")[0] == 0
-    whole = (out / "firings.parquet").read_bytes()
+    whole = pd.read_parquet(out / "firings.parquet")
     shutil.rmtree(out)
-    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)  # a prompt at a time
-    calls, real = [], firing_table
-
-    def failing(maps, attention, settings, first):
-        calls.append(first)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(maps, attention, settings, first)
-
-    monkeypatch.setattr(commands, "firing_table", failing)
+    monkeypatch.setattr(core_run, "CHUNK_PROMPTS", 2)
+    calls = stopping(2)
     code, output, error = said("signals --ioi 5")
-    assert code == 130 and output == "" and error.endswith("goes on where it stopped\n")
+    assert code == 130 and output == ""
+    assert error.endswith(
+        "sparse-signals: stopped; 1 of 3 chunks of prompts are kept, "
+        "the same command goes on there\n"
+    )
     assert [path.name for path in out.iterdir()] == [".partial"]
     assert said("signals --ioi 5")[0] == 0
-    assert calls == [0, 1, 1, 2, 3, 4]
-    resumed = pd.read_parquet(out / "firings.parquet")
+    assert calls == [0, 2, 2, 4]
     assert [path.name for path in out.iterdir()] == ["firings.parquet"]
-    (out / "whole.parquet").write_bytes(whole)
-    same_firings(resumed, pd.read_parquet(out / "whole.parquet"))
+    same_firings(pd.read_parquet(out / "firings.parquet"), whole)
 
 
 def same_firings(one, other):
@@ -262,38 +313,34 @@ def same_firings(one, other):
 
 
 def test_trace_writes_all_files_and_they_agree(said, out, ioi):
-    model, batch = ioi
     code, output, _ = said("trace --ioi 8 --seed 3 --top 2 --share 0.6")
     assert code == 0
     files = ["circuit.graphml", "circuit.html", "circuit.json", "circuit.parquet", "edges.parquet"]
     assert sorted(path.name for path in out.iterdir()) == files
-    settings = Settings(share=0.6)
-    roots = strongest_roots(model, batch, 2, settings)
-    traced = trace(model, batch, roots, settings)
+    roots = strongest_roots(ioi.model, ioi.batch, 2, Settings(share=0.6))
+    traced = trace(ioi, roots, share=0.6)
     facts = {
         "model": "gpt2-ioi",
         "prompts": "8 on IOI, seed 3",
         "roots": ", ".join(map(str, roots)),
         "settings": "level 0.5, fraction 1.0, share 0.6, weighting exact, dtype float32",
     }
-    expected = Circuit(pool(traced.edges, batch), facts)
-    for suffix in FORMATS:
+    expected = Circuit(pool(traced.edges, ioi.batch, repeats=DRAWS), facts)
+    for suffix in FORMATS[:3]:
         circuit = read_circuit(out / f"circuit{suffix}")
         assert circuit.facts.items() >= facts.items() and circuit.facts["version"]
         pd.testing.assert_frame_equal(circuit.edges, expected.edges, check_dtype=False)
-    page = (out / "circuit.html").read_text(encoding="utf-8")
-    assert facts["settings"] in page and "gpt2-ioi" in page
+    assert (out / "circuit.html").read_text(encoding="utf-8") == str(circuit.facts)
     first = expected.edges.iloc[0]
     assert f"{len(traced.edges):,} edges" in output and "worst error of the sums" in output
     assert re.search(rf"strongest edges:\n.*\n +{first.upstream} .* {first.downstream} ", output)
     assert len(output.split("strongest edges:\n")[1].splitlines()) == 11
 
 
-def test_edges_know_roles_and_support(said, out, ioi, no_page):
-    model, batch = ioi
+def test_edges_know_roles_and_support(said, out, ioi):
     assert said("trace --ioi 8 --seed 3 --firing 1.4:end:IO")[0] == 0
     edges = pd.read_parquet(out / "edges.parquet")
-    traced = trace(model, batch, [Root(1, 4, "end", "IO")])
+    traced = trace(ioi, [Root(1, 4, "end", "IO")])
     assert len(edges) == len(traced.edges)
     expected = traced.firings.set_index("firing")["vectors"].loc[edges["firing"]]
     assert lists(edges["vectors"]) == lists(expected)
@@ -304,17 +351,15 @@ def test_edges_know_roles_and_support(said, out, ioi, no_page):
 
 
 def test_a_token_may_have_several_roles(ioi):
-    model, _ = ioi
-    table = with_names(pd.DataFrame({"text": [NAMED]}))
-    batch = encode(table, model.tokenizer, bos=model.bos, max_length=model.n_ctx)
-    traced = trace(model, batch, [Root(0, 0)], Settings(level=0.05))
+    batch = encode(ioi.model, with_names(pd.DataFrame({"text": [NAMED]})))
+    traced = trace(run(ioi.model, batch), [Root(0, 0)], level=0.05)
     after = traced.edges.assign(src=int(batch.roles["S1"]) + 1)
-    edges = edge_table(replace(traced, edges=after), batch)
+    edges = edge_table(replace(traced, edges=after))
     assert set(edges["src_roles"].str.split(", ").iloc[0]) == {"S1+1", "IO-1"}
 
 
 @pytest.mark.parametrize("options", ["", "--weighting published"])
-def test_trace_of_a_rotary_model_without_names(said, out, rotary, options, no_page):
+def test_trace_of_a_rotary_model_without_names(said, out, rotary, options):
     line = f"trace --model {rotary} --level 0.1 --top 1 {options} --prompt"
     assert said(line, NAMED)[0] == 0
     named = read_circuit(out / "circuit.json")
@@ -328,23 +373,15 @@ def test_trace_of_a_rotary_model_without_names(said, out, rotary, options, no_pa
     assert read_circuit(out / "circuit.json").facts["prompts"] == "2 given"
 
 
-def test_a_trace_that_was_cut_off_goes_on(said, out, monkeypatch, no_page):
-    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
+def test_a_trace_that_was_cut_off_goes_on(said, out, chunks_of_one, stopping):
     assert said("trace --ioi 4 --root 1.4")[0] == 0
     whole = pd.read_parquet(out / "edges.parquet"), read_circuit(out / "circuit.parquet").edges
     shutil.rmtree(out)
-    calls, real = [], trace_run
-
-    def failing(*arguments, first_prompt):
-        calls.append(first_prompt)
-        if len(calls) == 3:
-            raise OSError("No space left on device")
-        return real(*arguments, first_prompt=first_prompt)
-
-    monkeypatch.setattr(tracing, "trace_run", failing)
+    calls = stopping(3, OSError("No space left on device"))
     code, _, error = said("trace --ioi 4 --root 1.4")
     assert code == 2 and error.endswith("sparse-signals: No space left on device\n")
-    said("signals --ioi 2")  # in the same folder, leaves the finished chunks of the trace alone
+    said("signals --ioi 1")  # in the same folder, leaves the finished chunks of the trace alone
+    assert calls.pop() == 0
     assert said("trace --ioi 4 --root 1.4")[0] == 0
     assert calls == [0, 1, 2, 2, 3] and not (out / ".partial").exists()
     pd.testing.assert_frame_equal(read_circuit(out / "circuit.parquet").edges, whole[1])
@@ -353,18 +390,9 @@ def test_a_trace_that_was_cut_off_goes_on(said, out, monkeypatch, no_page):
     pd.testing.assert_frame_equal(edges, whole[0])
 
 
-def test_swapped_names_are_another_run(said, out, tmp_path, monkeypatch, no_page):
+def test_swapped_names_are_another_run(said, out, tmp_path, chunks_of_one, stopping):
     """Same tokens, other roles: finished chunks of the one are not those of the other."""
-    sheet, calls, real = tmp_path / "a.csv", [], trace_run
-
-    def counting(*arguments, first_prompt):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, first_prompt=first_prompt)
-
-    monkeypatch.setattr(tracing, "trace_run", counting)
-    monkeypatch.setattr(core_run, "CHUNK_BYTES", 1)
+    sheet, calls = tmp_path / "a.csv", stopping(2)
     for io, s in (("Kate", "Tom"), ("Tom", "Kate")):
         text = NAMED + " Kate and Tom"
         rows = [{"text": text, "io": io, "s": s}] * 2

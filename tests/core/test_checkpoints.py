@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from random_models import ROTARY, SIZES, save_random_model
 from sparse_signals.core import checkpoints
 from sparse_signals.core.checkpoints import GPT2_SMALL, ModelError
-from sparse_signals.core.names import MODEL_NAMES
 from sparse_signals.core.model import load_model
+from sparse_signals.core.names import MODEL_NAMES
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def change_weights(directory: Path, **changes: torch.Tensor | None) -> None:
 def test_an_unknown_name_lists_the_known_ones():
     message = error_of("gpt-5")
     assert "'gpt-5'" in message and "directory" in message
-    assert all(name in message for name in NAMES)
+    assert all(name in message for name in MODEL_NAMES)
 
 
 def test_files_and_empty_directories_are_refused(tmp_path, checkpoint):

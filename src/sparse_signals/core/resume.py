@@ -80,6 +80,7 @@ def stream_parquet(tables: Iterable[pd.DataFrame], path: Path, lists: Sequence[s
     writer = None
     with atomic(path) as aside:
         for table in tables:
+            table = table.astype(dict.fromkeys(lists, object))  # an empty one may be of numbers
             schema = writer.schema if writer else _schema(table, lists)
             if writer is None:
                 writer = pq.ParquetWriter(aside, schema)
