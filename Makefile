@@ -28,7 +28,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	  echo "It cannot be had: the ordinary build comes with its GPU libraries, about 3.7 GB more."; \
 	fi
 	@echo "Installing the book into .venv ..."
-	$(INSTALL) -r requirements.txt -e '.[site,test]'
+	$(INSTALL) -r requirements.txt -e '.[book,test]'
 	@touch $@
 
 weights: $(READY)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -292,7 +293,12 @@ def run_trace(job: Job) -> str:
     circuit.facts["version"] = version("sparse-signals")
     edges = job.out / "edges.parquet"
     write_parquet(edge_table(traced), edges, lists=["vectors"])
-    paths = [edges, *(circuit.save(job.out / f"circuit{suffix}") for suffix in FORMATS)]
+    drawn = find_spec("altair") is not None  # without the extra "charts", no page
+    suffixes = [suffix for suffix in FORMATS if drawn or suffix != ".html"]
+    paths = [edges, *(circuit.save(job.out / f"circuit{suffix}") for suffix in suffixes)]
+    if not drawn:
+        say = "no circuit.html: pip install 'sparse-signals[charts]' draws it"
+        print(f"{PROGRAM}: {say}", file=sys.stderr)
     roots_ = circuit.facts["roots"]
     found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {roots_}"
     errors = traced.firings.get("error", pd.Series(dtype=float))

@@ -107,7 +107,15 @@ def describe(edition: dict[str, str]) -> str:
     return f"Computed with the model {edition['model']} on a {edition['device']}: {versions}."
 
 
+def plain_bars(
+    app: Any, what: str, name: str, documented: Any, options: Any, lines: list[str]
+) -> None:
+    """Sphinx event: bars in docstrings are absolute values, not references."""
+    lines[:] = [x if x.startswith(">>>") else x.replace("|", r"\|") for x in lines]
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx extension entry point."""
     app.connect("html-page-context", finish_page)
+    app.connect("autodoc-process-docstring", plain_bars)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
