@@ -13,21 +13,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 RUFF = str(Path(PYTHON).with_name("ruff"))
 PYTEST = (PYTHON, "-m", "pytest", "-n", "2")
+PYRIGHT = ROOT / "node_modules" / "pyright" / "index.js"  # npm fetches it with the site
 NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "300", "--dist", "loadfile")
 CODE = ("benchmarks", "scripts", "src", "tests")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the checks: what it is called, and its commands, of which each must succeed."""
+    """A part of the checks: what it is called, and its commands, of which each must succeed.
+
+    `needs` is a file without which the part is skipped, and said to be.
+    """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
+    needs: Path | None = None
 
 
 PARTS = (  # the quick ones first; the site is built before it is tested
     Part("style", ((RUFF, "check", *CODE), (RUFF, "format", "--check", *CODE))),
+    Part("rooms", ((str(Path(PYTHON).with_name("lint-imports")),),)),
     Part("site", ((PYTHON, "scripts/vendor_assets.py"), (PYTHON, "scripts/build_book.py"))),
+    Part("types", (("node", str(PYRIGHT)),), needs=PYRIGHT),
+    Part("examples", ((PYTHON, "-m", "pytest", "--doctest-modules", "src"),)),
     Part("unit tests", ((*PYTEST, "tests", "-m", "not site"),)),
     Part("site tests", ((*PYTEST, "tests", "-m", "site"),)),
     Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
@@ -37,6 +45,9 @@ PARTS = (  # the quick ones first; the site is built before it is tested
 def check(part: Part) -> bool:
     """Run a part up to the first command that fails. Did all succeed?"""
     print(f"\n── {part.name}", flush=True)
+    if part.needs and not part.needs.exists():
+        print(f"   skipped: {part.needs.relative_to(ROOT)} is not there (install Node.js)")
+        return True
     return all(subprocess.run(command, cwd=ROOT).returncode == 0 for command in part.commands)
 
 

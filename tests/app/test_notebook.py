@@ -8,38 +8,6 @@ import torch
 
 from sparse_signals.app import notebook
 from sparse_signals.app.notebook import check, glue, html_table, published, setup, show
-from sparse_signals.core.numbers import fmt
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (12345678, "12,345,678"),
-        (np.int64(4), "4"),
-        (0.0, "0"),
-        (-0.0, "0"),
-        (-3e-17, "0"),
-        (0.12345, "0.123"),
-        (-0.04999, "-0.0500"),
-        (0.9999, "1.00"),
-        (np.float64(99.96), "100"),
-        (1234.5, "1,230"),
-        (1234567.8, "1,230,000"),
-        (0.00012345, "0.000123"),
-        (1.2345e-6, "1.23e-06"),
-        (float("nan"), "–"),
-        (float("-inf"), "-∞"),
-        (True, "True"),
-        ("9.9", "9.9"),
-    ],
-)
-def test_fmt_gives_three_digits_and_no_negative_zero(value, text):
-    assert fmt(value) == text
-
-
-def test_fmt_takes_other_numbers_of_digits():
-    assert fmt(3.14159, 5) == "3.1416"
 
 
 def test_show_rounds_escapes_and_keeps_named_indices():

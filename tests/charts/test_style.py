@@ -7,7 +7,6 @@ import pytest
 import vl_convert
 
 from sparse_signals.charts import style as base
-from sparse_signals.core.numbers import percent, rounded
 
 
 @pytest.fixture
@@ -41,18 +40,6 @@ def test_finish_refuses_charts_without_words(table, title, description):
 def test_diverging_scale_is_centred_at_zero():
     assert base.diverging([-1.0, 3.0, 0.5]).domain == [-3.0, 3.0]
     assert base.diverging([0.0]).domain == [-1, 1]
-
-
-def test_rounded_touches_floats_only():
-    table = pd.DataFrame({"a": [1.23456, -1e-15], "b": [123456, 2], "c": ["x", "y"]})
-    out = rounded(table)
-    assert out["a"].tolist() == [1.235, 0.0] and str(out["a"][1]) == "0.0"
-    assert out["b"].tolist() == [123456, 2] and out["c"].tolist() == ["x", "y"]
-
-
-@pytest.mark.parametrize(("share", "words"), [(0.914, "91 %"), (0.0042, "0.4 %"), (1.0, "100 %")])
-def test_percent_reads_like_a_sentence(share, words):
-    assert percent(share).replace("\u00a0", " ") == words
 
 
 def numbers(chart):

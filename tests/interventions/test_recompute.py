@@ -69,7 +69,7 @@ def recomputed(model, batch, prompt, changes, probes=(), **options):
 
 
 def gap(model, batch, prompt, changes, probes=(), freeze_norms=False):
-    """Largest difference from full passes, in logits, scores and attention weights."""
+    """Largest difference from full passes, of logits (relative), scores and attention weights."""
     outcome = recomputed(model, batch, prompt, changes, probes, freeze_norms=freeze_norms)
     worst = []
     for row, p in enumerate(prompt.tolist()):
@@ -78,7 +78,8 @@ def gap(model, batch, prompt, changes, probes=(), freeze_norms=False):
         tokens = batch.tokens[p][batch.mask[p]]
         every, score, weight = full_pass(model, tokens, mine, place, freeze_norms)
         expected = every[-1, [batch.io[p], batch.s[p]]]
-        worst.append((outcome.logits[row] - expected).abs().max())
+        size = expected.abs().max().clamp_min(1)  # frozen scales can blow the stream up
+        worst.append((outcome.logits[row] - expected).abs().max() / size)
         if probes:
             worst += [abs(outcome.score[row] - score), abs(outcome.attention[row] - weight)]
     return float(torch.stack(worst).max())

@@ -16,7 +16,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import percent
+from sparse_signals.core.numbers import percent, rounded
 
 PLANTED_ROLES = ("S1", "S1+1", "S2", "IO", "end")
 INPUT_WORDS = {"embedding": "word", "position": "place"}
@@ -167,7 +167,8 @@ def scoreboard(table: pd.DataFrame) -> alt.TopLevelMixin:
     `table`: method, edges, circuit, precision, recall, and both with _low and _high.
     """
     kinds, methods = (distinct(table[c]) for c in ("edges", "method"))
-    panels = [_board(table, rate, methods) for rate in ("precision", "recall")]
+    # copies: Altair would lift data that both panels share out of them
+    panels = [_board(table.copy(), rate, methods) for rate in ("precision", "recall")]
     panels[1] = panels[1].encode(alt.Y("method:N").axis(None).sort(methods))
     first = table[table["edges"] == kinds[0]].groupby("method", sort=False)
     perfect = [
@@ -208,13 +209,13 @@ def noise_curves(scores: pd.DataFrame, fates: pd.DataFrame) -> alt.TopLevelMixin
     line (or the menu) a method.
     """
     names, kinds, methods = (distinct(scores[c]) for c in ("circuit", "edges", "method"))
-    only = _one_of(methods)
+    only, title = _one_of(methods), _noise_title(scores, fates, names[0], kinds[0])
+    scores = rounded(scores, 3)  # before Altair hashes them into the name of a view
     filtered = alt.Chart(scores).transform_filter(
         "datum.circuit === circuit && datum.edges === counted"
     )
     panels = [_rate(filtered, rate, methods, only) for rate in ("precision", "recall")]
     panels[0] = panels[0].add_params(only)
-    title = _noise_title(scores, fates, names[0], kinds[0])
     description = (
         "Three linked charts over the level of noise. Above: precision and recall, a line and a "
         "band for every method. Below: bars with the share of planted edges that exact tracing "

@@ -158,8 +158,8 @@ def canonical(spec: dict[str, Any]) -> dict[str, Any]:
     """A Vega-Lite spec that depends on the chart alone, not on what was drawn before it.
 
     Floats outside the data (in scales, say) are rounded. Data, views and parameters are numbered
-    as they appear: Altair names them by counters that it never resets, and views again when they
-    are combined, so that they cannot be named when a chart is made.
+    as they appear: Altair names them by hashes of what they hold, and views again when charts are
+    combined, so that naming them when a chart is made would not last.
     """
     names: dict[str, str] = {}
 

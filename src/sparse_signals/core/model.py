@@ -66,7 +66,7 @@ class Model:
     """
 
     name: str
-    bridge: nn.Module
+    bridge: Any  # its parts are found by name when it is built
     tokenizer: Any
     bos: bool
     n_layers: int

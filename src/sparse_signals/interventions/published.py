@@ -18,7 +18,7 @@ from sparse_signals.interventions.joint_effects import (
     losses,
     strongest_players,
 )
-from sparse_signals.interventions.knockouts import Rounds, knock_out, takeover
+from sparse_signals.interventions.knockouts import knock_out, takeover
 from sparse_signals.tracing.circuit import KEY, labelled, pool
 from sparse_signals.tracing.roots import Root, strongest_roots
 from sparse_signals.tracing.trace import Trace, trace_prompts
@@ -214,8 +214,8 @@ def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:
     """`knock_out` with the scales of the normalisation recomputed, and frozen (column scales)."""
     tables = []
     for scales in ("recomputed", "frozen"):
-        rounds = Rounds(number=number, freeze_norms=scales == "frozen")
-        rows = knock_out(case.traced.model, case.traced.batch, root, rounds=rounds)
+        how = {"number": number, "freeze_norms": scales == "frozen"}
+        rows = knock_out(case.traced.model, case.traced.batch, root, **how)
         tables.append(rows.assign(scales=scales))
     return pd.concat(tables, ignore_index=True)
 
