@@ -4,21 +4,12 @@ import pytest
 import torch
 
 from gated import KINDS, TOLERANCE, batch_of
-<<<<<<< .merge_file_ozyPST
-from sparse_signals.core.forward import run_without
-from sparse_signals.core.run import run_model
-from sparse_signals.interventions.changes import clean_run, read_layers
-from sparse_signals.interventions.edge_signals import read_signals
-from sparse_signals.interventions.intervene import intervene
-from sparse_signals.interventions.knockouts import Rounds, knock_out, takeover
-=======
 from sparse_signals.core.forward import forward
 from sparse_signals.core.run import run
 from sparse_signals.interventions.changes import clean_run
 from sparse_signals.interventions.edge_signals import read_signals
 from sparse_signals.interventions.intervene import intervene_on
 from sparse_signals.interventions.knockouts import knock_out, takeover
->>>>>>> .merge_file_hr5mOR
 from sparse_signals.planted.circuits import planted
 from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root, TraceError

@@ -4,13 +4,6 @@ A knock-out takes the signals of edges from what components wrote, in the run at
 model goes on from there. So a path that was not needed before can take over, and is found.
 """
 
-<<<<<<< .merge_file_GK7EzV
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-=======
-import numpy as np
->>>>>>> .merge_file_sKKlpE
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -19,17 +12,10 @@ from torch import Tensor
 from sparse_signals.core.forward import forward
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch
-<<<<<<< .merge_file_GK7EzV
-from sparse_signals.core.run import Run, chunk_rows
-from sparse_signals.core.stats import DRAWS, bootstrap
-from sparse_signals.interventions.disjoint_paths import EMBEDDINGS, best_paths
-from sparse_signals.interventions.edge_signals import by_reader, column, read_signals, solve
-=======
 from sparse_signals.core.run import Run, fitting_rows
-from sparse_signals.core.stats import prompt_draws
+from sparse_signals.core.stats import DRAWS, bootstrap
 from sparse_signals.interventions.disjoint_paths import best_paths
 from sparse_signals.interventions.edge_signals import column, read_signals
->>>>>>> .merge_file_sKKlpE
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
 from sparse_signals.tracing.contributions import Settings, contributions
 from sparse_signals.tracing.roots import Root, check_roots, matches
