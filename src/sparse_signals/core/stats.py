@@ -45,8 +45,9 @@ def resample(
     clusters: int, draws: int = DRAWS, seed: int = 0
 ) -> Float[np.ndarray, "sample cluster"]:
     """How often each cluster is drawn: each once (row 0: the data itself), then in every draw."""
-    share = np.ones(clusters) / clusters
-    drawn = np.random.default_rng(seed).multinomial(clusters, share, draws)
+    picked = np.random.default_rng(seed).integers(clusters, size=(draws, clusters))
+    place = picked + clusters * np.arange(draws)[:, None]
+    drawn = np.bincount(place.ravel(), minlength=draws * clusters).reshape(draws, clusters)
     return np.vstack([np.ones(clusters), drawn])
 
 
