@@ -28,7 +28,7 @@ from sparse_signals.app.cli import (
     main,
     make_parser,
 )
-from sparse_signals.app.commands import edge_table, firing_table
+from sparse_signals.app.commands import firing_table, trace_table
 from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.names import MODEL_NAMES
@@ -354,7 +354,7 @@ def test_a_token_may_have_several_roles(ioi):
     batch = encode(ioi.model, with_names(pd.DataFrame({"text": [NAMED]})))
     traced = trace(run(ioi.model, batch), [Root(0, 0)], level=0.05)
     after = traced.edges.assign(src=int(batch.roles["S1"]) + 1)
-    edges = edge_table(replace(traced, edges=after))
+    edges = trace_table(replace(traced, edges=after))
     assert set(edges["src_roles"].str.split(", ").iloc[0]) == {"S1+1", "IO-1"}
 
 

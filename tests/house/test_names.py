@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sparse_signals"
 # A name that several modules define, and why it means the same in each.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {"setup": "of a notebook; and the entry point that Sphinx asks for by this name"}
 
 
 def definitions() -> dict[str, list[str]]:
@@ -18,7 +18,12 @@ def definitions() -> dict[str, list[str]]:
                 names = [node.name]
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)]
+                names = [
+                    x.id
+                    for t in targets
+                    for x in ast.walk(t)
+                    if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+                ]
             else:
                 continue
             for name in names:

@@ -292,7 +292,7 @@ def run_trace(job: Job) -> str:
     circuit.facts["settings"] += f", dtype {job.options.dtype}"
     circuit.facts["version"] = version("sparse-signals")
     edges = job.out / "edges.parquet"
-    write_parquet(edge_table(traced), edges, lists=["vectors"])
+    write_parquet(trace_table(traced), edges, lists=["vectors"])
     drawn = find_spec("altair") is not None  # without the extra "charts", no page
     suffixes = [suffix for suffix in FORMATS if drawn or suffix != ".html"]
     paths = [edges, *(circuit.save(job.out / f"circuit{suffix}") for suffix in suffixes)]
@@ -334,7 +334,7 @@ def describe_silent(traced: Trace) -> list[str]:
     return lines
 
 
-def edge_table(traced: Trace) -> pd.DataFrame:
+def trace_table(traced: Trace) -> pd.DataFrame:
     """The edges of a trace for a file: roles beside positions, the support of the firing."""
     roles = roles_of(traced.batch).groupby(["prompt", "pos"])["role"].agg(", ".join)
     edges = traced.edges.astype({"upstream": str, "side": str})

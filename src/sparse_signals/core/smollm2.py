@@ -46,7 +46,7 @@ def load_smollm2(dtype: torch.dtype) -> tuple[nn.Module, Any]:
         with FileLock(f"{directory}.lock"):
             with suppress(ModelError):  # another process was first
                 return _read(directory, dtype)
-            _keep(path, directory)
+            _store(path, directory)
     except OSError as error:
         raise ModelError(
             f"smollm2-135m cannot be kept in {directory.parent} ({one_line(error)}): "
@@ -85,7 +85,7 @@ def _gguf_file() -> Path:
     )
 
 
-def _keep(path: Path, directory: Path) -> None:
+def _store(path: Path, directory: Path) -> None:
     aside = directory.with_name(f".{directory.name}")
     try:
         _convert(path, aside)

@@ -18,7 +18,7 @@ from sparse_signals.core.prompts import role_numbers
 from sparse_signals.core.run import fitting_rows, runs
 from sparse_signals.core.stats import DRAWS, bounds, resample
 from sparse_signals.interventions.gated_model import (
-    CHUNK_BYTES,
+    GATED_BYTES,
     Answers,
     Switchboard,
     run_rows,
@@ -118,7 +118,7 @@ def edge_attribution(board: Switchboard, steps: int = 5) -> Gate:
     for step in range(steps):
         gate = torch.full(total.shape, (step + 0.5) / steps, dtype=board.model.dtype)
         gate = gate.to(board.model.device).requires_grad_()
-        for rows in fitting_rows(board.model, board.batch, CHUNK_BYTES):
+        for rows in fitting_rows(board.model, board.batch, GATED_BYTES):
             with torch.enable_grad():
                 difference = run_rows(board, gate, rows).difference.sum()
                 total += torch.autograd.grad(difference, gate)[0].double().cpu()
@@ -132,7 +132,7 @@ def head_value(board: Switchboard, seed: int = 0) -> Gate:
     ends, then by the other one; what is left equal is in random order. Source: Wang et al. 2023.
     """
     model, shares = board.model, 0.0
-    for _, part in runs(model, board.batch, CHUNK_BYTES):
+    for _, part in runs(model, board.batch, GATED_BYTES):
         shares = shares + logit_attribution(part)[0].sum(0).cpu()
     heads = model.is_head.cpu()[:-1]
     place = torch.full((len(heads),), int(heads.sum()))

@@ -19,7 +19,7 @@ from sparse_signals.core.prompts import INTACT, Batch, PromptError, role_numbers
 from sparse_signals.core.run import fitting_rows, runs
 
 ABLATIONS = ("mean", "resample")
-CHUNK_BYTES = 2**26  # what all components of a chunk of prompts wrote; a gradient keeps many copies
+GATED_BYTES = 2**26  # what all components of a chunk of prompts wrote; a gradient keeps many copies
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _means(
 ) -> Float[Tensor, "role component d"]:
     total: Tensor | float = 0.0
     count = torch.bincount(role[role >= 0], minlength=roles).to(model.dtype)
-    for rows, part in runs(model, reference, CHUNK_BYTES):
+    for rows, part in runs(model, reference, GATED_BYTES):
         known = role[rows] >= 0
         zeros = part.outputs.new_zeros(roles, *part.outputs.shape[2:])
         total = total + zeros.index_add(0, role[rows][known], part.outputs[known])
@@ -104,7 +104,7 @@ def _drawn(
     drawn = order[start + (noise * count).long()]
     used, row = drawn.unique(return_inverse=True)
     length, pieces = of.shape[1], []
-    for rows, part in runs(model, reference, CHUNK_BYTES):
+    for rows, part in runs(model, reference, GATED_BYTES):
         here = used[(used >= rows.start * length) & (used < rows.stop * length)]
         pieces.append(part.outputs.flatten(0, 1)[here - rows.start * length])
     return torch.cat(pieces), row
@@ -124,7 +124,7 @@ def run_switched(
     with torch.no_grad():
         pieces = [
             run_rows(board, gate, rows)
-            for rows in fitting_rows(board.model, board.batch, CHUNK_BYTES)
+            for rows in fitting_rows(board.model, board.batch, GATED_BYTES)
         ]
     difference = torch.cat([piece.difference for piece in pieces])
     return Answers(difference, torch.cat([piece.pattern for piece in pieces], dim=1))

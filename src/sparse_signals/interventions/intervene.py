@@ -144,7 +144,7 @@ def intervene_on(
     numbers, row = rows.to(device).unique(return_inverse=True)
     prompt = _prompts(clean, signals, row)
     variants, of = list(product(scopes, modes)), len(numbers)
-    inputs = _inputs(clean.model, signals, row, patch_qkv)
+    inputs = _input_changes(clean.model, signals, row, patch_qkv)
     changes = (
         _in_variants(_stream(clean.model, signals, row), "global", variants, of),
         _in_variants(inputs, "local", variants, of),
@@ -207,7 +207,7 @@ def _stream(model: Model, signals: Signals, row: Int[Tensor, "edge"]) -> Changes
     return Changes(row, layer, site, none, token, factor, which, signals.delta)[keep]
 
 
-def _inputs(model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
+def _input_changes(model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
     """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned."""
     layer, head, token = (column(signals.edges, x, row.device) for x in ("layer", "head", "token"))
     delta = signals.delta.double() / signals.scale[:, None]

@@ -224,7 +224,7 @@ def recompute(
             parts = (_localised(entries, local) for entries in (stream, inputs, probes))
             scores = found[which].unbind(1)
             groups.append(Rows(clean, prompt[rows], *kind, *parts, which, *scores))
-        x = _run(groups, freeze_norms)
+        x = _run_groups(groups, freeze_norms)
         of = torch.cat([rows for rows, _ in wave])
         at = prompt[of]
         scale = norm_scale(clean.model, clean.final[at]) if freeze_norms else None
@@ -297,7 +297,7 @@ def _localised(entries: Changes | Probes, local: Int[Tensor, "row"]) -> Changes 
 # --- the computation -----------------------------------------------------------------------------
 
 
-def _run(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "row d"]:
+def _run_groups(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "row d"]:
     """The stream after the last layer at the last token of every row, group after group.
 
     Groups start in their order: sites are numbered in the order of computation.

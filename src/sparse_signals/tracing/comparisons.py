@@ -137,9 +137,9 @@ def quirk_table(run: Run, roots: Sequence[Root]) -> pd.DataFrame:
         pooled[name] = pool(clean, batch, quirk)
     every = Quirks(double_count=True, first_writer=True, last_role=True)
     pooled["all of them"] = pool(biased, batch, every)
-    ours = _keys(pooled["none"])
+    ours = _edge_keys(pooled["none"])
     rows = [
-        (name, len(edges), len(ours & _keys(edges)) / len(ours | _keys(edges)),
+        (name, len(edges), len(ours & _edge_keys(edges)) / len(ours | _edge_keys(edges)),
          int((edges["prompts"] > edges["of"]).sum()), int(edges["prompts"].max()),
          float(edges["weight"].mean()))
         for name, edges in pooled.items()
@@ -148,7 +148,7 @@ def quirk_table(run: Run, roots: Sequence[Root]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _keys(edges: pd.DataFrame) -> set[tuple[str, ...]]:
+def _edge_keys(edges: pd.DataFrame) -> set[tuple[str, ...]]:
     return set(edges[KEY].itertuples(index=False, name=None))
 
 
