@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-REFUSE = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {refused!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}: not declared", name=name)
-
-sys.meta_path.insert(0, Refuse())
-sys.path.append({packages!r})
-"""
 
 
 def declared(name: str, known: set[str]) -> set[str]:
@@ -32,7 +21,7 @@ def declared(name: str, known: set[str]) -> set[str]:
     known.add(name)
     try:
         requirements = distribution(name).requires or []
-    except ModuleNotFoundError:  # for another platform
+    except PackageNotFoundError:  # for another platform
         return known
     for requirement in map(Requirement, requirements):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -54,15 +43,14 @@ def environment(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(packages)
-    kept = declared("sparse-signals", set())
-    refused = {
-        module
-        for module, names in packages_distributions().items()
-        if not kept & {canonicalize_name(name) for name in names}
-    }
-    ours = distribution("numpy").locate_file("")
-    hook = REFUSE.format(refused=refused | {"conftest"}, packages=str(ours))
-    (packages / "sitecustomize.py").write_text(hook)
+    for name in declared("sparse-signals", set()) - {"sparse-signals"}:
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # for another platform
+            continue
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(found.locate_file(top))
     return folder / "venv" / "bin" / "python"
 
 
@@ -85,4 +73,4 @@ def test_a_trace_runs_from_the_wheel(environment, tmp_path):
 @pytest.mark.parametrize("module", ["altair", "jupyterlab", "IPython", "vl_convert"])
 def test_nothing_else_is_seen(environment, module):
     done = subprocess.run([environment, "-c", f"import {module}"], capture_output=True, text=True)
-    assert done.returncode == 1 and "not declared" in done.stderr
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
