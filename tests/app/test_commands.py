@@ -367,7 +367,7 @@ def test_trace_of_a_rotary_model_without_names(said, out, rotary, options):
     line = f"trace --model {rotary} --level 0.1 --root {root} {options} --prompt"
     code, output, error = said(line, NAMED, "--prompt", NAMED.replace("Tom", "Kate"))
     assert code == 0 and f"{root}:end" in output
-    assert "no roles but end and other: needs one name twice" in error
+    assert "no roles but end and other: prompt 1: needs one name twice" in error
     edges = pd.read_parquet(out / "edges.parquet")
     assert {*edges["dest_roles"], *edges["src_roles"]} <= {"end", "other"}
     assert read_circuit(out / "circuit.json").facts["prompts"] == "2 given"
@@ -394,11 +394,40 @@ def test_swapped_names_are_another_run(said, out, tmp_path, chunks_of_one, stopp
     """Same tokens, other roles: finished chunks of the one are not those of the other."""
     sheet, calls = tmp_path / "a.csv", stopping(2)
     for io, s in (("Kate", "Tom"), ("Tom", "Kate")):
-        text = NAMED + " Kate and Tom"
-        rows = [{"text": text, "io": io, "s": s}] * 2
+        text = NAMED.replace("and Tom", "and Alice")
+        rows = [{"text": text, "io": io, "s": s, "third": "Alice"}] * 2
         pd.DataFrame(rows).to_csv(sheet, index=False)
         said(f"trace --prompts {sheet} --firing 0.0:IO --level 0.01")
     assert len(calls) == 4
+
+
+def test_the_first_token_is_a_choice(said, out, no_page):
+    said("signals --ioi 4 --quiet")
+    usual = pd.read_parquet(out / "firings.parquet")
+    said("signals --ioi 4 --quiet --bos")
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "firings.parquet"), usual)
+    for command, name in (("signals", "firings"), ("trace --root 1.4 --level 0.1", "edges")):
+        said(f"{command} --ioi 4 --quiet --level 0.1")
+        longest = pd.read_parquet(out / f"{name}.parquet")["dest"].max()
+        said(f"{command} --ioi 4 --quiet --level 0.1 --no-bos")
+        assert pd.read_parquet(out / f"{name}.parquet")["dest"].max() == longest - 1
+
+
+@pytest.mark.parametrize("command", ["signals", "trace --root 1.4 --level 0.01"])
+def test_a_doubled_first_token_is_warned_of_once(said, command, no_page):
+    code, _, error = said(f"{command} --prompt", f"<|endoftext|>{NAMED}")
+    assert code == 0 and error.count("begins with <|endoftext|> twice") == 1
+    _, _, error = said(f"{command} --no-bos --prompt", f"<|endoftext|>{NAMED}")
+    assert "twice" not in error
+
+
+@pytest.mark.parametrize("io", ["Tom", "Alice"])
+def test_names_that_contradict_the_sentence(refused, tmp_path, io):
+    path = tmp_path / "a.csv"
+    path.write_text(f'text, io\n"{NAMED}", Kate\n"{NAMED}", {io}\n', encoding="utf-8-sig")
+    assert f"line 3: needs one name twice and another once: '{NAMED}' (io is '{io}', there " in (
+        refused(f"trace --prompts {path}")
+    )
 
 
 # --- everything that can go wrong ----------------------------------------------------------------

@@ -234,10 +234,10 @@ def _infer_names(row: dict, names: Sequence[str], place: str) -> dict:
     if small:
         reason = f"a name has a capital letter, but {', '.join(small)} has none"
     elif given:
-        reason = " and ".join(f"{key} is {x!r}, {count[x]} times there" for key, x in given.items())
+        reason = " and ".join(f"{key} is {x!r}, there {count[x]}×" for key, x in given.items())
     else:
-        reason = ", ".join(f"{x} comes {n} times" for x, n in count.items()) or "it has none"
-        reason += f" of the {len(names)} built-in names; columns io and s of a .csv name others"
+        has = ", ".join(f"{x} {n}×" for x, n in count.items()) or "none"
+        reason = f"it has {has} of {len(names)} known names; columns io and s of a .csv name others"
     raise PromptError(f"{place}needs one name twice and another once: {row['text']!r} ({reason})")
 
 
@@ -279,7 +279,8 @@ def encode(
     _check_lengths(rows, table["text"], model.n_ctx)
     words = _check_ids(rows, model)
     tokens, mask = _pad(rows, tokenizer, words)
-    labels = [[tokenizer.decode([token]) for token in row] for row in rows]
+    read = {token: tokenizer.decode([token]) for token in {x for row in rows for x in row}}
+    labels = [[read[token] for token in row] for row in rows]
     if not {"io", "s"} <= set(table.columns):
         return Batch(table.reset_index(drop=True), tokens, mask, labels, {}, None, None)
     io, s = (_ids(table, column, tokenizer) for column in ("io", "s"))
@@ -396,18 +397,18 @@ def _roles(
 ) -> dict[str, Int[Tensor, "prompt"]]:
     wanted = {"io": ["IO"], "s": ["S1"] if "third" in table else ["S1", "S2"]}
     wanted |= {"third": ["third"]} if "third" in table else {}
-    roles = {}
+    roles, prompts = {}, table.to_dict("records")
     for column, names in wanted.items():
         hits = (tokens == _ids(table, column, tokenizer)[:, None]) & mask
         for n, found in enumerate(hits.sum(1).tolist()):
-            _check_name(table.iloc[n], column, found, len(names), _place(table, n))
+            _check_name(prompts[n], column, found, len(names), _place(table, n))
         order = hits.cumsum(1)
         for nth, role in enumerate(names, 1):
             roles[role] = (hits & (order == nth)).int().argmax(1)
     return roles | {"S1+1": roles["S1"] + 1, "end": mask.sum(1) - 1}
 
 
-def _check_name(row: pd.Series, column: str, found: int, wanted: int, place: str) -> None:
+def _check_name(row: dict, column: str, found: int, wanted: int, place: str) -> None:
     """Refuse a name that is not where its role says; `found` is how often its token is there."""
     name, text = row[column], row["text"]
     there = len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", text))
