@@ -438,6 +438,14 @@ def test_swapped_names_are_another_run(said, out, tmp_path, chunks_of_one, stopp
         ("trace --weighting other", "invalid choice: 'other' (choose from"),
         ("signals --dtype float16", "invalid choice: 'float16'"),
         ("signals --model nope", "no model called 'nope': use gpt2-ioi"),
+        ("signals --model ~nobody-of-this-name/model", "no model called '~nobody-of-this-name"),
+        ("signals --prompts .", "prompts come from a .txt or .csv file"),
+        ("signals --prompt 'Then \udcff'", "not text in UTF-8: 'utf-8' codec can't encode"),
+        ("signals --ioi -5", "'-5' is not a whole number from 1"),
+        ("trace --firing 1.4:end+99999999999999999999", "no role 'end+99999999999999999999'"),
+        ("trace --firing 1.4:end+1", "no end+1 in prompt 0: it ends before"),
+        ("trace --firing 1.4:end:end-99", "no end-99 in prompt 0: it ends before"),
+        ("trace --firing 1.4:99", "no position 99: the longest prompt has"),
         ("signals --prompts missing.txt", "no such file: missing.txt"),
         ("signals --prompts data.json", "prompts come from a .txt or .csv file, not data.json"),
         ("signals --prompt ''", "an empty prompt"),
@@ -507,6 +515,33 @@ def test_models_that_cannot_be_used(refused, tiny_directories, tmp_path):
     assert "cannot read the weights in" in refused(f"signals --model {damaged}")
 
 
+@pytest.mark.parametrize(
+    "change", [{"model_type": []}, {"rope_parameters": "default"}, {"rope_scaling": [1]}]
+)
+def test_configurations_of_other_kinds(refused, rotary, tmp_path, change):
+    config = json.loads((rotary / "config.json").read_text())
+    if "rope_scaling" in change:
+        del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert re.search("cannot (read|use) ", refused(f"signals --model {tmp_path}"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "a.txt"])
+def test_files_that_may_not_be_read(refused, rotary, tmp_path, monkeypatch, name):
+    """Whoever runs the tests may read all files, so reading is what is forbidden."""
+    real = open
+
+    def forbidden(path, *more, **names):
+        if Path(str(path)).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **names)
+
+    (tmp_path / "a.txt").write_text(NAMED)
+    monkeypatch.setattr("io.open", forbidden)  # what paths open files with
+    message = refused(f"signals --model {rotary} --prompts {tmp_path / 'a.txt'}")
+    assert message.endswith(f"{name}'") and "Permission denied" in message
+
+
 def test_a_tokenizer_of_another_model(refused, tmp_path):
     directory = save_random_model(tmp_path / "other", "gpt2", **SIZES)
     shutil.copy(SHIPPED / "tokenizer.json", directory)
@@ -520,6 +555,10 @@ def test_a_tokenizer_of_another_model(refused, tmp_path):
 def test_folders_that_cannot_be_written_to(said, tmp_path):
     path = tmp_path / "file"
     path.touch()
+    (tmp_path / "taken" / ".partial").mkdir(parents=True)
+    (tmp_path / "taken" / ".partial" / "signals").touch()
+    code, _, error = said(f"signals --ioi 2 --out {tmp_path / 'taken'}")
+    assert code == 2 and re.search(r"(Not a directory|File exists): '.*signals'\n$", error)
     for out in (path, path / "below"):
         code, _, error = said(f"signals --ioi 2 --out {out}")
         assert code == 2
