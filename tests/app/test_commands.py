@@ -1,12 +1,15 @@
 """The command line: what it writes, how it goes on, one line for all that can go wrong."""
 
 import json
+import os
 import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -15,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -33,11 +37,13 @@ from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.names import MODEL_NAMES
 from sparse_signals.core.prompts import encode, ioi_prompts, with_names
+from sparse_signals.core.rotary import rotation
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import DRAWS
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.signals.slices import slices, sparsity, support
 from sparse_signals.tracing import circuit as circuits
+from sparse_signals.tracing import contributions as contributing
 from sparse_signals.tracing import trace as tracing
 from sparse_signals.tracing.circuit import FORMATS, Circuit, pool, read_circuit
 from sparse_signals.tracing.contributions import Settings
@@ -460,6 +466,14 @@ def test_names_that_contradict_the_sentence(refused, tmp_path, io):
         ("trace --weighting other", "invalid choice: 'other' (choose from"),
         ("signals --dtype float16", "invalid choice: 'float16'"),
         ("signals --model nope", "no model called 'nope': use gpt2-ioi"),
+        ("signals --model ~nobody-of-this-name/model", "no model called '~nobody-of-this-name"),
+        ("signals --prompts .", "prompts come from a .txt or .csv file"),
+        ("signals --prompt 'Then \udcff'", "not text in UTF-8: 'utf-8' codec can't encode"),
+        ("signals --ioi -5", "'-5' is not a whole number from 1"),
+        ("trace --firing 1.4:end+99999999999999999999", "no role 'end+99999999999999999999'"),
+        ("trace --firing 1.4:end+1", "no end+1 in prompt 0: it ends before"),
+        ("trace --firing 1.4:end:end-99", "no end-99 in prompt 0: it ends before"),
+        ("trace --firing 1.4:99", "no position 99: the longest prompt has"),
         ("signals --prompts missing.txt", "no such file: missing.txt"),
         ("signals --prompts data.json", "prompts come from a .txt or .csv file, not data.json"),
         ("signals --prompt ''", "an empty prompt"),
@@ -529,6 +543,33 @@ def test_models_that_cannot_be_used(refused, tiny_directories, tmp_path):
     assert "cannot read the weights in" in refused(f"signals --model {damaged}")
 
 
+@pytest.mark.parametrize(
+    "change", [{"model_type": []}, {"rope_parameters": "default"}, {"rope_scaling": [1]}]
+)
+def test_configurations_of_other_kinds(refused, rotary, tmp_path, change):
+    config = json.loads((rotary / "config.json").read_text())
+    if "rope_scaling" in change:
+        del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert re.search("cannot (read|use) ", refused(f"signals --model {tmp_path}"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "a.txt"])
+def test_files_that_may_not_be_read(refused, rotary, tmp_path, monkeypatch, name):
+    """Whoever runs the tests may read all files, so reading is what is forbidden."""
+    real = open
+
+    def forbidden(path, *more, **names):
+        if Path(str(path)).name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **names)
+
+    (tmp_path / "a.txt").write_text(NAMED)
+    monkeypatch.setattr("io.open", forbidden)  # what paths open files with
+    message = refused(f"signals --model {rotary} --prompts {tmp_path / 'a.txt'}")
+    assert message.endswith(f"{name}'") and "Permission denied" in message
+
+
 def test_a_tokenizer_of_another_model(refused, tmp_path):
     directory = save_random_model(tmp_path / "other", "gpt2", **SIZES)
     shutil.copy(SHIPPED / "tokenizer.json", directory)
@@ -542,6 +583,10 @@ def test_a_tokenizer_of_another_model(refused, tmp_path):
 def test_folders_that_cannot_be_written_to(said, tmp_path):
     path = tmp_path / "file"
     path.touch()
+    (tmp_path / "taken" / ".partial").mkdir(parents=True)
+    (tmp_path / "taken" / ".partial" / "signals").touch()
+    code, _, error = said(f"signals --ioi 2 --out {tmp_path / 'taken'}")
+    assert code == 2 and re.search(r"(Not a directory|File exists): '.*signals'\n$", error)
     for out in (path, path / "below"):
         code, _, error = said(f"signals --ioi 2 --out {out}")
         assert code == 2
@@ -554,3 +599,191 @@ def test_prompts_may_be_as_long_as_the_model_allows(said, out):
     text = "Then" + (model.n_ctx - 2) * " late"
     assert said("signals --quiet --prompt", text) == (0, "", "")
     assert torch.tensor(pd.read_parquet(out / "firings.parquet")["dest"]).max() < model.n_ctx
+
+
+# --- going on, and not mixing --------------------------------------------------------------------
+
+CHANGES = [
+    {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    {"rope_parameters": {"rope_theta": 20.0, "rope_type": "default"}},
+    {"rms_norm_eps": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """What a command gave before the configuration was changed."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "command", ["signals", "trace --root 2.0 --root 2.1 --root 1.0 --root 1.1"]
+)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_another_configuration_is_another_run(
+    said, rotary, tmp_path, chunks_of_one, stopping, unchanged, command, change
+):
+    directory = Path(shutil.copytree(rotary, tmp_path / "model"))
+
+    def result(name):
+        folder = tmp_path / name
+        code, _, error = said(f"{line} --out {folder}")
+        files = ("firings", "edges")
+        tables = [pd.read_parquet(path) for f in files for path in folder.glob(f"{f}.parquet")]
+        return code, error, repr([table.to_dict("list") for table in tables])
+
+    line = f"{command} --model {directory} --ioi 2 --level 0.1 --quiet"
+    if command not in unchanged:
+        unchanged[command] = result("unchanged")
+        assert unchanged[command][0] == 0
+    stopping(2)
+    assert "1 of 2 chunks of prompts are kept" in result("out")[1]
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fresh = result("fresh")
+    assert result("out") == fresh != unchanged[command]
+
+
+def test_a_stopped_run_says_when_it_kept_nothing(said, out, chunks_of_one, stopping, monkeypatch):
+    stopping(1)
+    code, _, error = said("signals --ioi 2 --quiet")
+    assert (code, error) == (130, "\nsparse-signals: stopped; nothing is kept\n")
+    assert not list(out.iterdir())
+
+
+def test_roots_that_were_found_are_kept(said, out, chunks_of_one, stopping, monkeypatch):
+    calls, real = [], strongest_roots
+    monkeypatch.setattr(
+        commands, "strongest_roots", lambda *given: calls.append(given) or real(*given)
+    )
+    stopping(1)
+    code, _, error = said("trace --ioi 2 --top 2 --quiet")
+    assert code == 130 and error.endswith("the roots are kept, the same command goes on there\n")
+    assert said("trace --ioi 2 --top 2 --quiet")[0] == 0
+    assert len(calls) == 1 and not (out / ".partial").exists()
+
+
+def test_one_run_at_a_time_in_a_folder(said, out):
+    with resume.alone_in(out / ".partial" / "signals"):
+        code, output, error = said("signals --ioi 2 --quiet")
+    assert code == 2 and output == ""
+    assert error.startswith("sparse-signals: another run is writing to ") and error.count("\n") == 1
+    assert said("signals --ioi 2 --quiet")[0] == 0
+    assert [path.name for path in out.iterdir()] == ["firings.parquet"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+def test_a_killed_run_leaves_nothing_that_stays(said, out, chunks_of_one, stopping, monkeypatch):
+    line, real = "signals --ioi 3 --quiet", pd.DataFrame.to_parquet
+    written = []
+
+    def killing(table, *more, **names):
+        written.append(table)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(table, *more, **names)
+
+    with warnings.catch_warnings(action="ignore"):  # of threads, which the child does not use
+        child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        pd.DataFrame.to_parquet = killing
+        main([*line.split(), "--out", str(out)])
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    left = [path.name for path in out.rglob("*")]
+    assert any(name.startswith(".firings.parquet.") for name in left)
+    assert any(name.startswith(".unfinished-") for name in left)
+    calls = stopping(0)
+    assert said(line)[0] == 0
+    assert calls == [1, 2]
+    assert [path.name for path in out.iterdir()] == ["firings.parquet"]
+
+
+# --- results that cannot be trusted, memory, silent roots ----------------------------------------
+
+
+def too_large(real):
+    def changed(*given, **names):
+        found = real(*given, **names)
+        return replace(found, q=1.1 * found.q)
+
+    return changed
+
+
+@pytest.mark.parametrize("line", ["signals", "trace --root 1.4", "trace --weighting published"])
+def test_attention_that_is_not_what_was_cached_stops_a_run(refused, monkeypatch, line):
+    for module in (commands, tracing):
+        monkeypatch.setattr(module, "run", too_large(core_run.run))
+    message = refused(f"{line} --ioi 2")
+    assert "the attention weights of gpt2-ioi do not add up (worst error" in message
+
+
+@pytest.mark.parametrize("weighting", ["exact", "published"])
+def test_another_rotation_than_the_model_s_stops_a_run(refused, monkeypatch, rotary, weighting):
+    monkeypatch.setattr(contributing, "rotation", lambda model, places: rotation(model, places + 1))
+    line = (
+        f"trace --model {rotary} --ioi 2 --level 0.1 --root 2.0 --root 2.1 --weighting {weighting}"
+    )
+    assert "the contributions of tiny do not add up (worst error" in refused(line)
+
+
+@pytest.mark.parametrize("line", ["signals", "trace"])
+def test_prompts_that_do_not_fit_into_memory(refused, monkeypatch, line):
+    monkeypatch.setattr(core_run, "free_memory", lambda device: 1000)
+    message = refused(f"{line} --prompt", NAMED)
+    assert re.search(r"a prompt of \d+ tokens needs about .* GiB are free: shorten the", message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9. GiB for an array"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_one_line(refused, stopping, error):
+    stopping(1, error)
+    message = refused("signals --ioi 2")
+    assert message == (
+        "sparse-signals: out of memory: shorten the prompts, or take a smaller model"
+    )
+
+
+def test_other_errors_are_not_taken_for_it(said, stopping):
+    stopping(1, RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        said("signals --ioi 2")
+
+
+def test_silent_roots_are_named_and_the_others_go_on(said, out):
+    alone = said("trace --ioi 8 --seed 3 --firing 1.4:end:IO --quiet")
+    expected = pd.read_parquet(out / "edges.parquet")
+    line = "trace --ioi 8 --seed 3 --firing 1.4:end:IO --firing 1.4:2:2"
+    code, _, error = said(line)
+    assert code == 0 and alone == (0, "", "")
+    assert "1.4:2:2 does not fire on 8 of 8 prompts: 0, 1, 2, 3, 4, 5, 6, 7\n" in error
+    firing = sorted(set(expected.query("layer == 1 and head == 4 and dest_roles == 'end'").prompt))
+    silent = [number for number in range(8) if number not in firing]
+    assert 0 < len(silent) < 8
+    named = ", ".join(map(str, silent))
+    assert f"1.4:end:IO does not fire on {len(silent)} of 8 prompts: {named}\n" in error
+    assert said(f"{line} --quiet") == (0, "", "")
+    edges = pd.read_parquet(out / "edges.parquet")
+    assert lists(edges.pop("vectors")) == lists(expected.pop("vectors"))
+    pd.testing.assert_frame_equal(edges, expected)
+
+
+def test_nothing_is_opened_where_no_root_fires(refused, monkeypatch):
+    monkeypatch.setattr(contributing, "coordinates", None)
+    monkeypatch.setattr(core_run.Run, "outputs", None)
+    assert "never fires on these prompts" in refused("trace --ioi 4 --firing 1.4:2:2")
+
+
+@pytest.mark.parametrize("level", [0.5, 1])
+def test_lists_have_one_type(said, out, level):
+    assert said(f"signals --ioi 2 --level {level} --quiet")[0] == 0
+    schema = pq.read_schema(out / "firings.parquet")
+    assert str(schema.field("support").type) in ("list<element: int64>", "list<item: int64>")
+    assert (pq.read_metadata(out / "firings.parquet").num_rows == 0) == (level == 1)

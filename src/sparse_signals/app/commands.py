@@ -114,8 +114,7 @@ def carry_out(job: Job) -> None:
             remove_leftovers(job.out / name for name in FILES[job.options.command])
             summary = work(job)
     finally:
-        with suppress(OSError):
-            job.partial.parent.rmdir()  # which fails, as it should, where something is kept
+        remove_empty(job.partial.parent)
     if not job.options.quiet:
         print(summary)
 
@@ -147,6 +146,13 @@ def remove_partial(job: Job) -> None:
     """Remove the finished chunks of this command, but not those of the other one."""
     for folder in filter(Path.is_dir, job.partial.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove all folders below this one in which nothing is kept, and then this one."""
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        with suppress(OSError):  # which folders that are not empty raise
+            path.rmdir()
 
 
 def understand(options: Namespace, started: float) -> Job:

@@ -34,7 +34,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-ser
 TOKEN_STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
 SIDE_WORDS = {"dest": "destination", "src": "source"}
 DIGITS = 4  # significant digits of a chart's numbers
-AUTOMATIC = re.compile(r"\b(param|view|data)[_-](?:[0-9a-f]{16,32}|\d+)\b")
+AUTOMATIC = re.compile(r"\b(param|view|data)[_-](?:[0-9a-f]{16,32}(?:_\d+)?|\d+)\b")
 
 
 @alt.theme.register("book", enable=True)

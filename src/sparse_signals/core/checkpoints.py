@@ -1,6 +1,7 @@
 """Find and read checkpoints in HF format, or say in one line why that cannot be done."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -64,7 +65,7 @@ def find_checkpoint(name: str) -> Path:
         if not (directory / "config.json").exists():
             raise ModelError("gpt2-ioi is not there: run `python scripts/train_gpt2_ioi.py`")
         return directory
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))  # which leaves a user that is not there as it is
     if not directory.exists():
         raise ModelError(
             f"no model called {name!r}: use {', '.join(MODEL_NAMES)}, or a directory in HF format"
@@ -154,7 +155,8 @@ def _architecture(directory: Path) -> str:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["model_type"]
+        kind = str(config["model_type"])
+        settings = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     except FileNotFoundError:
         raise ModelError(f"{directory} has no config.json: not a model in HF format") from None
     except (ValueError, KeyError, TypeError) as error:
