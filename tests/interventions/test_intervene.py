@@ -53,7 +53,8 @@ def results(case, signals, rows=None, **options):
 def sample(case, n, seed=0):
     """Some edges, every kind of upstream component among them."""
     edges = case.traced.edges.sample(frac=1, random_state=seed)
-    first = edges.groupby(["kind", "side"]).head(1)
+    kinds = edges["kind"].mask(edges["kind"] == "head", edges["up_layer"].astype(str))
+    first = edges.groupby([kinds, "side"]).head(1)
     return pd.concat([first, edges.drop(first.index)]).head(n)
 
 
@@ -222,15 +223,13 @@ def test_full_support_removes_the_component_from_query_or_key(case):
     everything = torch.ones_like(signals.chosen)
     whole = replace(signals, delta=solve(signals, everything))
     table = results(case, whole, scopes=["local"], modes=["ablate"])
+    clean, divisor = case.clean, case.traced.model.divisor
     for n, row in enumerate(table.itertuples()):
-        site = Q if row.side == "dest" else K
-        removed = image(case, row, -signals.written[n] / signals.scale[n])
-        change = [(row.layer, site, row.head, row.token, removed)]
-        assert abs(row.score - expected_score(case, row, change)) < 1e-8
-
-
-def expected_score(case, row, change):
-    return expected(case, row, change)[1]
+        q = clean.q[row.layer, row.prompt, row.head, row.dest].double()
+        k = clean.k[row.layer, row.prompt, row.head, row.src].double()
+        removed = image(case, row, signals.written[n] / signals.scale[n])
+        score = (q - removed) @ k if row.side == "dest" else q @ (k - removed)
+        assert abs(row.score - score / divisor[row.layer]) < 1e-12
 
 
 def test_ablating_and_boosting_are_opposite(case):

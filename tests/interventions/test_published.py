@@ -38,10 +38,8 @@ def case():
 
 
 def test_rules_find_the_planted_heads(case):
-    assert {root.name for root in find_movers(case.traced.model, case.traced.batch)} == {
-        "2.0",
-        "3.0",
-    }
+    movers = find_movers(case.traced.model, case.traced.batch)
+    assert {root.name for root in movers} == {"2.0", "3.0"}
     assert sorted(common_heads(case.traced, ["2.0", "3.0"])) == ["1.0", "1.1"]
     assert sorted(first_heads(case.traced)) == ["1.0", "1.1"]  # the first layer has one head alone
 
@@ -95,9 +93,8 @@ def test_edges_alone_and_together(case):
 
 def test_sweep_of_the_commonest_edges(case):
     edges = commonest_edges(case.traced, 3)
-    assert BIAS_ROW not in set(edges["upstream"]) and len(edges) == 3 * len(
-        case.traced.batch.tokens
-    )
+    assert BIAS_ROW not in set(edges["upstream"])
+    assert len(edges) == 3 * len(case.traced.batch.tokens)
     found = summary(intervene(case.traced, edges, Plan(randoms=1)), case.traced.batch)
     assert found["edge"].nunique() == 3
     assert "random" not in set(found["control"])  # the supports leave no vector to draw

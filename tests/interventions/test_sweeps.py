@@ -127,9 +127,8 @@ def test_summary_names_edges(case, table):
 
 
 def test_summary_has_paired_differences(case, table):
-    pooled = summary(table, case.traced.batch).set_index(
-        [*KEY, "scope", "mode", "measure", "control"]
-    )
+    pooled = summary(table, case.traced.batch)
+    pooled = pooled.set_index([*KEY, "scope", "mode", "measure", "control"])
     kinds = pooled["value"].unstack("control")
     prompts = pooled["prompts"].unstack("control")
     paired = prompts["signal − random"] == prompts["signal"]

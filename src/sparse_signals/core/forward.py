@@ -1,9 +1,10 @@
 """One forward pass, step by step, for models of which something is removed or switched.
 
-Why not TransformerLens' own hooks? With `use_split_qkv_input` and `use_hook_mlp_in` they replace
-the input of every query, key, value and MLP before its normalisation (the tests compare with
-them). But keys and values only for all heads together that share them, a normalisation cannot
-divide by the scale of another run there, and what every head wrote has to be collected by hooks.
+Why not TransformerLens' own hooks? `hook_q_input`, `hook_k_input`, `hook_v_input` (which need
+`use_split_qkv_input`) and `hook_mlp_in` do replace inputs before the normalisation, at the same
+cost, and the tests compare with them. But heads that share a key get one input together, the
+normalisation behind a split input cannot divide by the scale of another run (it has no hook), and
+the bridge has to be switched over and everything that components write collected, for each pass.
 """
 
 from collections.abc import Callable, Collection
