@@ -41,6 +41,10 @@ def test_bounds_are_the_samples_nearest_the_quantiles():
     assert np.array_equal(both, [[25_000, -974_000], [974_000, -25_000]])
 
 
+def test_bounds_of_one_row_of_samples_are_numbers():
+    assert all(isinstance(x, float) for x in bounds(range(9)))  # rounded by `fmt`, unlike arrays
+
+
 def test_bounds_cut_both_ends_alike():
     for size in range(1, 200):
         low, high = bounds(np.arange(size))

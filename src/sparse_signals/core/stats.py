@@ -51,7 +51,7 @@ def resample(
     return np.vstack([np.ones(clusters), drawn])
 
 
-def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray | np.float64, ...]:
     """The 95 % interval of bootstrap samples, low and high: the samples nearest these quantiles.
 
     Samples are draws alone, without the data itself. NaN is left out. No two samples are averaged,
@@ -61,7 +61,7 @@ def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
     last = (~np.isnan(ordered)).sum(axis, keepdims=True) - 1
     cut = np.rint(0.025 * last).astype(int)
     low, high = (np.take_along_axis(ordered, place, axis) for place in (cut, last - cut))
-    return low.squeeze(axis), high.squeeze(axis)
+    return low.squeeze(axis)[()], high.squeeze(axis)[()]  # numbers, where nothing else is left
 
 
 def bootstrap(
