@@ -156,10 +156,9 @@ def _architecture(directory: Path) -> str:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = str(config["model_type"])
-        settings = config | (config.get("rope_parameters") or config.get("rope_scaling") or {})
     except FileNotFoundError:
         raise ModelError(f"{directory} has no config.json: not a model in HF format") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot read {path}: {one_line(error)}") from error
     if kind not in ARCHITECTURES:
         reason = REFUSED.get(kind, "its attention has not been checked")

@@ -207,7 +207,9 @@ def _stream(model: Model, signals: Signals, row: Int[Tensor, "edge"]) -> Changes
     return Changes(row, layer, site, none, token, factor, which, signals.delta)[keep]
 
 
-def _input_changes(model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool) -> Changes:
+def _input_changes(
+    model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool
+) -> Changes:
     """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned."""
     layer, head, token = (column(signals.edges, x, row.device) for x in ("layer", "head", "token"))
     delta = signals.delta.double() / signals.scale[:, None]
