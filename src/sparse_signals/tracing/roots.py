@@ -63,10 +63,7 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
     if role not in roles:
         known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
         raise PromptError(f"no role {where!r} in these prompts: they have {known}")
-    at = roles[role] + step
-    if outside := ((at < 0) | (at > batch.last)).nonzero().flatten().tolist():
-        raise PromptError(f"no {where} in prompt {outside[0]}: it ends before")
-    return at
+    return (roles[role] + step).clamp(0, length - 1)
 
 
 def _neighbour(where: str) -> tuple[str, int]:
