@@ -19,9 +19,9 @@ from sparse_signals.core.sentences import Template
 
 def needs_wheel() -> None:
     try:
-        metadata.distribution(WHEEL)
+        metadata.distribution(smollm2.WHEEL)
     except metadata.PackageNotFoundError:
-        pytest.skip(f"the SmolLM2 wheel is not installed: {INSTALL}")
+        pytest.skip(f"the SmolLM2 wheel is not installed: {smollm2.INSTALL}")
 
 
 @pytest.fixture(scope="session")
