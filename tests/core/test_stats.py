@@ -41,6 +41,12 @@ def test_bounds_are_the_samples_nearest_the_quantiles():
     assert np.array_equal(both, [[25_000, -974_000], [974_000, -25_000]])
 
 
+def test_bounds_are_numbers_in_a_table():
+    table = pd.DataFrame([bounds(np.arange(9.0))], columns=["low", "high"])
+    columns = table.select_dtypes("floating").columns.tolist()
+    assert columns == ["low", "high"]  # what is rounded before it is drawn
+
+
 def test_bounds_cut_both_ends_alike():
     for size in range(1, 200):
         low, high = bounds(np.arange(size))

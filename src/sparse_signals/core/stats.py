@@ -51,17 +51,17 @@ def resample(
     return np.vstack([np.ones(clusters), drawn])
 
 
-def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray | np.float64, ...]:
     """The 95 % interval of bootstrap samples, low and high: the samples nearest these quantiles.
 
     Samples are draws alone, without the data itself. NaN is left out. No two samples are averaged,
-    so some may be infinite.
+    so some may be infinite. Of one row of samples they are numbers, as any other mean is.
     """
     ordered = np.sort(np.asarray(samples, dtype=float), axis)  # NaN last
     last = (~np.isnan(ordered)).sum(axis, keepdims=True) - 1
     cut = np.rint(0.025 * last).astype(int)
     low, high = (np.take_along_axis(ordered, place, axis) for place in (cut, last - cut))
-    return low.squeeze(axis), high.squeeze(axis)
+    return low.squeeze(axis)[()], high.squeeze(axis)[()]
 
 
 def bootstrap(
