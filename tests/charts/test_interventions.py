@@ -57,7 +57,7 @@ def test_ratios_stay_in_the_frame():
             1.2, np.inf), ("A: x", "published", "global", 0.8, np.nan, np.nan)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["experiment", "source", "scope", "ratio", "low", "high"])
     chart = charts.ratios(table)
-    assert "of 2 global counterparts here, 1 have a ratio clearly below 1 and 1" in title(chart)
+    assert "of 2 global counterparts here, the ratio is clearly below 1 in 1 and" in title(chart)
     numbers = [row["ratio"] for data in spec(chart)["datasets"].values() for row in data
                if "ratio" in row]  # fmt: skip
     assert max(numbers) == charts.FRAME[1]

@@ -25,9 +25,10 @@ def known():
 
 @pytest.fixture(scope="module")
 def made_up(known):
-    """A trace of one prompt, of edges (firing, upstream, side, share); firings 0, 1, 2 are of heads
-    2.0, 1.0 and 1.1 at tokens 5, 5 and 4, with sources 4, 3 and 2; 0 is the root."""
-    places = {0: ("2.0", 5, 4), 1: ("1.0", 5, 3), 2: ("1.1", 4, 2)}
+    """A trace of one prompt, of edges (firing, upstream, side, share); firings 0 to 4 are of heads
+    2.0, 1.0, 1.1, 0.0 and 0.1 at tokens 5, 5, 4, 5 and 4; 0 is the root."""
+    places = {0: ("2.0", 5, 4), 1: ("1.0", 5, 3), 2: ("1.1", 4, 2), 3: ("0.0", 5, 1),
+              4: ("0.1", 4, 1)}  # fmt: skip
     rows = [(n, 0, *place, n == 0) for n, place in places.items()]
     firings = pd.DataFrame(rows, columns=["firing", "prompt", "name", "dest", "src", "root"])
 
@@ -89,6 +90,15 @@ def test_best_path_has_the_largest_product(made_up):
     assert src["path"].tolist() == ["2.0 ← position"]
     large = [*DIAMOND[:5], (2, "embedding", "src", 2.0)]  # shares above 1 make no loop
     assert best_paths(made_up(large))["product"].iloc[0] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("first", ["1.0", "1.1"])
+def test_of_paths_with_the_same_shares_the_first_is_best(made_up, first):
+    """0.1 · 0.2 · 0.3 in either order, though the logarithms do not add up to the same float."""
+    one = [(0, "1.0", "dest", 0.1), (1, "0.0", "dest", 0.2), (3, "embedding", "dest", 0.3)]
+    other = [(0, "1.1", "src", 0.3), (2, "0.1", "dest", 0.2), (4, "embedding", "dest", 0.1)]
+    edges = one + other if first == "1.0" else other + one
+    assert best_paths(made_up(edges))["upstream"].iloc[0] == first
 
 
 @pytest.mark.parametrize("pooled", [False, True])

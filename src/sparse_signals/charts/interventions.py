@@ -63,7 +63,7 @@ def together(table: pd.DataFrame) -> alt.TopLevelMixin:
 def sweep_dots(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Every pooled edge changed alone beside its controls; menus for scope, mode and measure.
 
-    The table of `published.summed_up`: edge, scope, mode, control ("signal", "random", "other
+    The table of `intervene.summary`: edge, scope, mode, control ("signal", "random", "other
     prompt"; others are left out), measure, value, low, high, prompts.
     """
     controls = ["signal", "random", "other prompt"]
@@ -187,8 +187,8 @@ def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
         (line_at("x", 1.0) + rules + points)
         .add_params(pick)
         .properties(width=WIDTH - 120, height=alt.Step(14)),
-        f"Together against one by one: of {len(ours)} global counterparts here, {below} "
-        f"have a ratio clearly below 1 and {above} clearly above",
+        f"Together against one by one: of {len(ours)} global counterparts here, the ratio is "
+        f"clearly below 1 in {below} and clearly above in {above}",
         "Dot plot: joint effect over the sum of single effects for six experiments, here with 95 % "
         "intervals, and as published for GPT-2 small without. Radio buttons choose the scope.",
         "Dashed: effects that add. Ratios and intervals that reach the edge go on beyond it.",

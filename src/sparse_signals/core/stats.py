@@ -55,7 +55,7 @@ def bounds(samples: ArrayLike, axis: int = 0) -> tuple[np.ndarray | np.float64, 
     """The 95 % interval of bootstrap samples, low and high: the samples nearest these quantiles.
 
     Samples are draws alone, without the data itself. NaN is left out. No two samples are averaged,
-    so some may be infinite.
+    so some may be infinite. Of one row of samples they are numbers, as any other mean is.
     """
     ordered = np.sort(np.asarray(samples, dtype=float), axis)  # NaN last
     last = (~np.isnan(ordered)).sum(axis, keepdims=True) - 1

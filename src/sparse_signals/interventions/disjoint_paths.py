@@ -19,6 +19,7 @@ from sparse_signals.tracing.trace import Trace
 EMBEDDINGS = ("embedding", "position")
 SOURCE = "embeddings"
 UNITS = 10**6  # capacities are whole numbers of these: flows of floats may not terminate
+LENGTHS = 10**9  # lengths likewise: sums of floats may tell equal paths apart by their last bit
 OF_ROOT = ["prompt", "name", "dest", "src"]
 
 
@@ -83,9 +84,10 @@ def best_paths(
 ) -> pd.DataFrame:
     """The path to every root firing whose shares have the largest product.
 
-    With `side`, only paths that arrive at that side of the root; `ends` as in `flow_graph`. One row
-    an edge: the columns of the trace, root (the firing), step (0 for the edge into the root, then
-    upstream), path (in words, destination first) and product. Roots without a path have no row.
+    Of paths with the same shares it is the first in the trace. With `side`, only paths that arrive
+    at that side of the root; `ends` as in `flow_graph`. One row an edge: the columns of the trace,
+    root (the firing), step (0 for the edge into the root, then upstream), path (in words,
+    destination first) and product. Roots without a path have no row.
     """
     parts = [traced.edges.iloc[:0].assign(root=0, step=0, path="", product=0.0)]
     for firing, graph in _root_graphs(traced, ends):
@@ -103,8 +105,8 @@ def best_paths(
 def _best(graph: nx.DiGraph, sink: Hashable) -> list[Hashable]:
     """Labels of the edges on the best path, from the sink upstream: shortest by Σ −log share."""
 
-    def length(a: Hashable, b: Hashable, link: dict) -> float:
-        return -np.log(link["capacity"] / UNITS) if "capacity" in link else 0.0
+    def length(a: Hashable, b: Hashable, link: dict) -> int:
+        return round(-LENGTHS * np.log(link["capacity"] / UNITS)) if "capacity" in link else 0
 
     if sink not in graph or not nx.has_path(graph, SOURCE, sink):
         return []

@@ -21,6 +21,8 @@ from sparse_signals.tracing.contributions import Settings, contributions
 from sparse_signals.tracing.roots import Root, check_roots, matches
 from sparse_signals.tracing.trace import Trace, follow
 
+ROUNDING = 1e-6  # a score that is this small a part of the clean one is what rounding left of it
+
 
 def knock_out(
     model: Model,
@@ -40,8 +42,8 @@ def knock_out(
     Firings are those of the clean run, even if they then cease. One row per firing and round (0:
     nothing knocked out): prompt, src, round, F, score, attention; of the best path then: path,
     product and carried (the weight of its edge into the root), missing where no path is left or
-    the score is not positive; and expected, the score if nothing but the loss of that edge had
-    changed since the round before.
+    the score is not positive (beyond rounding); and expected, the score if nothing but the loss of
+    that edge had changed since the round before.
     """
     check_roots(model, [root], settings)
     pieces = []
@@ -61,7 +63,7 @@ def _knock_out(
     firings, states = pairs[matches(batch, pairs, root)], []
     for done in range(number + 1):
         traced = _trace_again(now.run, firings, root, settings)
-        last = _last_edges(traced)
+        last = _last_edges(traced, firings)
         states.append(_state(traced, last, now.difference).assign(round=done))
         if done < number and len(last):
             _take(removed, now.run, traced, last)
@@ -85,13 +87,13 @@ def _trace_again(run: Run, firings: Pairs, root: Root, settings: Settings) -> Tr
     return Trace(run.model, run.batch, (root,), settings, *tables)
 
 
-def _last_edges(traced: Trace) -> pd.DataFrame:
-    """The last edges of the best paths to firings whose score is positive.
+def _last_edges(traced: Trace, clean: Pairs) -> pd.DataFrame:
+    """The last edges of the best paths to the roots that still have a positive score.
 
-    Of others there is nothing left to carry.
+    Of others there is nothing left to carry. `clean` are the roots in the clean run.
     """
-    paths = best_paths(traced, "dest")
-    left = traced.firings.loc[traced.firings["score"] > 0, "firing"]
+    paths, roots = best_paths(traced, "dest"), traced.firings[traced.firings["root"]]
+    left = roots.loc[roots["score"] > ROUNDING * clean.score.cpu().numpy(), "firing"]
     return paths[paths["root"].isin(left) & (paths["step"] == 0)]
 
 

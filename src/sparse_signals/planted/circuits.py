@@ -1,6 +1,6 @@
 """Planted circuits: models whose true edges are known, to test whatever claims to find them.
 
-The models are written by hand (`handwritten.py`) so that each side of a firing on the path is
+The models are written by hand (`weights.py`) so that each side of a firing on the path is
 carried by the planted components and by no other, which makes the right answer unambiguous.
 """
 

@@ -74,7 +74,7 @@ def handwritten_model(
     """A transformers model, float64 on the CPU, with the given heads; tokens number the vocabulary.
 
     A token holds its name, its position and a few messages; for that many its scores are as
-    wanted, within a few percent. `noise` and `seed` are those of `planted.planted`.
+    wanted, within a few percent. `noise` and `seed` are those of `circuits.planted`.
     Raises ValueError for more features, matches or sends than there is room for.
     """
     weights = write_weights(heads, vocabulary)
@@ -144,7 +144,7 @@ def _head_weights(
 
 
 def add_noise(weights: Weights, noise: float, seed: int = 0) -> Weights:
-    """Gaussian noise on every matrix; the levels are explained in `planted.planted`."""
+    """Gaussian noise on every matrix; the levels are explained in `circuits.planted`."""
     generator = torch.Generator().manual_seed(seed)
     like = {"W_in": "W_V", "W_out": "W_O"}
     noisy = {}

@@ -223,8 +223,8 @@ def top_edges_kept(
 def ablation_effects(model: Model, batch: Batch) -> pd.DataFrame:
     """Change of logit(IO) − logit(S) when a head writes its mean instead, one head at a time.
 
-    The mean is over prompts and real tokens. One row per head: layer, head, name, effect (mean
-    change), low, high (95 % over prompts). Source: Wang et al. 2023 for the roles it finds.
+    The mean is over prompts and real tokens. One row per head: name, effect (mean change), low,
+    high (95 % over prompts). Source: Wang et al. 2023 for the roles it finds.
     """
     z = activations(model, batch.tokens, ("z",))["z"]
     mean = z.transpose(1, 2)[:, :, batch.mask.to(z.device)].mean(2)
