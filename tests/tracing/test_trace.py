@@ -319,9 +319,14 @@ def test_roots_are_written_as_the_command_line_takes_them():
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "table.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic(path) as aside:
+            aside.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with atomic(path) as aside:
         aside.write_text("new")

@@ -80,10 +80,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.bridge.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights, in which the model computes."""
         return next(self.bridge.parameters()).dtype
 
     @property

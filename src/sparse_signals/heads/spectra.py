@@ -89,8 +89,11 @@ def _stretched(
 
 
 def spectrum_bands(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
-    """Every σ beside its null. One row per null, head and k, all σ divided by their root mean
-    square: null, layer, head, name, k, sigma, low, high (95 % of random draws)."""
+    """Every σ beside its null, all σ of a head divided by their root mean square.
+
+    One row per null, head and k: null, layer, head, name, k, sigma, low, high (95 % of random
+    draws).
+    """
     ours = _unit(svd.S.cpu())
     tables = []
     for null in NULLS:

@@ -71,6 +71,7 @@ class Changes:
         return Changes(**kept, values=self.values)
 
     def added(self) -> Float[Tensor, "change width"]:
+        """The vector that every change adds."""
         return self.values[self.which] * self.factor[:, None]
 
 

@@ -75,6 +75,7 @@ class Rows:
 
     @cached_property
     def first(self) -> Int[Tensor, "row"]:
+        """The first token of every row that is computed."""
         return self.clean.end[self.prompt] - self.length + 1
 
     @cached_property
@@ -100,6 +101,7 @@ class Rows:
         return slice(self.length - 1, self.length)
 
     def places(self, tokens: slice) -> Int[Tensor, "row token"]:
+        """Where in their prompts some of the tokens of every row stand."""
         counted = torch.arange(self.length, device=self.prompt.device)
         return self.first[:, None] + counted[tokens]
 
