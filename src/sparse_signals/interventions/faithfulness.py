@@ -169,7 +169,8 @@ def curves(
     method has several, as "random" should). difference: F(circuit); accuracy: how often IO beats S.
     A ranking that has fewer edges than a size is run whole. Source: Wang et al. 2023, section 4.
     """
-    closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
+    nothing = torch.zeros(0, dtype=torch.long)
+    closed, opened = (run_switched(board, gates(board, nothing, x)) for x in (False, True))
     rows, times = [], resample(len(closed.difference), draws, seed)
     for method, ranking in tqdm(rankings.items(), disable=not progress, unit="method"):
         longest = max(map(len, ranking))
@@ -186,10 +187,6 @@ def curves(
             row |= {"accuracy": float((difference > 0).double().mean())}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _none() -> Int[Tensor, "0"]:
-    return torch.zeros(0, dtype=torch.long)
 
 
 def _shares(

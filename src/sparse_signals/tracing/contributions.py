@@ -108,7 +108,9 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
     if settings.weighting == "norm":
-        values = _output_norms(run, pairs)
+        outputs = run.outputs if run.model.rms else run.outputs - run.outputs.mean(-1, keepdim=True)
+        norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
+        values = norms[pairs.prompt[:, None], receiving(pairs)]
     else:
         values = _values(run, pairs, readers(run.model, pairs, coords, chosen, settings))
         if settings.bias_per_head:
@@ -218,14 +220,6 @@ def _values(
     values = grouped_matmul(w, run.outputs.flatten(0, 1).mT, place)
     values = values.double().view(len(pairs), 2, components) / _scale(run, pairs)[..., None]
     return torch.cat([values, read[..., -1:]], dim=-1)
-
-
-def _output_norms(run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:
-    outputs = run.outputs
-    if not run.model.rms:
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
-    return norms[pairs.prompt[:, None], receiving(pairs)]
 
 
 def _counted(model: Model, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair component"]:

@@ -59,16 +59,13 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
             raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
         return torch.full((prompts,), where)
     roles = batch.roles | {"end": batch.last}
-    role, step = (where, 0) if where in roles else _neighbour(where)
+    role, step = where, 0
+    if where not in roles and (found := re.fullmatch(r"(.+)([+-]\d{1,9})", where)):
+        role, step = found[1], int(found[2])
     if role not in roles:
         known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
         raise PromptError(f"no role {where!r} in these prompts: they have {known}")
     return (roles[role] + step).clamp(0, length - 1)
-
-
-def _neighbour(where: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(.+)([+-]\d{1,9})", where)
-    return (found[1], int(found[2])) if found else (where, 0)
 
 
 def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
