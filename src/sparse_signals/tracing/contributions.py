@@ -112,7 +112,7 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
         norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
         values = norms[pairs.prompt[:, None], receiving(pairs)]
     else:
-        values = _values(run, pairs, readers(run.model, pairs, coords, chosen, settings))
+        values = _values(run, pairs, reading_vectors(run.model, pairs, coords, chosen, settings))
         if settings.bias_per_head:
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
     values = values * _counted(run.model, pairs, settings.weighting)[:, None]
@@ -150,8 +150,8 @@ def contrast(
     ours, theirs = (coordinates(run, x, basis) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
     chosen = _chosen(difference, settings)
-    values = _values(run, pairs, readers(run.model, pairs, difference, chosen, settings))
-    aside = _values(run, other, readers(run.model, other, ours, chosen, settings))
+    values = _values(run, pairs, reading_vectors(run.model, pairs, difference, chosen, settings))
+    aside = _values(run, other, reading_vectors(run.model, other, ours, chosen, settings))
     values[:, 1] -= aside[:, 1]
     values = values * _counted(run.model, pairs, "exact")[:, None]
     found = _summed(values, difference, chosen)
@@ -173,7 +173,7 @@ def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
     return support(coords.slices, settings.fraction)
 
 
-def readers(
+def reading_vectors(
     model: Model,
     pairs: Pairs,
     coords: Coordinates,
@@ -240,7 +240,8 @@ def by_source(
     """
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
-    read = readers(run.model, pairs, coords, chosen, settings) / _scale(run, pairs)[..., None]
+    read = reading_vectors(run.model, pairs, coords, chosen, settings)
+    read = read / _scale(run, pairs)[..., None]
     W_O = run.model.writers.W_O.double()
     through = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
     v = run.v[:, pairs.prompt].double()
