@@ -42,9 +42,11 @@ def loop(run, prompts):
         for layer in range(layers):
             for head in range(heads):
                 for i in range(length):
-                    for j in range(1, i + 1):
-                        if run.pattern[layer, prompt, head, i, j] >= 0.5:
-                            sizes.append(_loop_pair(run, prompt, layer, head, i, j))
+                    sizes += [
+                        _loop_pair(run, prompt, layer, head, i, j)
+                        for j in range(1, i + 1)
+                        if run.pattern[layer, prompt, head, i, j] >= 0.5
+                    ]
     return sizes
 
 

@@ -63,7 +63,9 @@ def measure(prompts=48):
     seconds = [(full * VARIANTS, swept), (swept / len(table), forward / prompts)]
     notes = [
         f"{passes} passes of {pooled.mean():.1f} prompts; each size timed, times its number",
-        f"{len(table)} interventions, {len(traced.edges)} edges in {prompts} prompts; the sweep "
-        f"takes {swept / forward:.0f} forward passes of all prompts, without vocabulary",
+        (
+            f"{len(table)} interventions, {len(traced.edges)} edges in {prompts} prompts; the "
+            f"sweep takes {swept / forward:.0f} forward passes of all prompts, without vocabulary"
+        ),
     ]
     return ratios(TARGETS, seconds, notes)

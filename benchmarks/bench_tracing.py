@@ -11,7 +11,7 @@ from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import run
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.signals.slices import coordinates, support
-from sparse_signals.tracing.contributions import contributions, readers
+from sparse_signals.tracing.contributions import contributions, reading_vectors
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import trace_prompts
 
@@ -42,7 +42,7 @@ def loop(run, pairs):
     with the head's output made anew for the whole batch."""
     coords, model = coordinates(run, pairs), run.model
     chosen = support(coords.slices)
-    read, W_O = readers(model, pairs, coords, chosen), model.writers.W_O
+    read, W_O = reading_vectors(model, pairs, coords, chosen), model.writers.W_O
     pattern, found = run.pattern, []
     for n in range(len(pairs)):
         prompt, layer = pairs.prompt[n], int(pairs.layer[n])

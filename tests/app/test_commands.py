@@ -196,7 +196,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
 
 def examples():
     """What the help and the page in the book tell people to type."""
-    text = "\n".join((EXAMPLES, SIGNALS_EXAMPLES, TRACE_EXAMPLES))
+    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}"
     page = (BOOK / "command-line.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
     found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)

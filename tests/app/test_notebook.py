@@ -24,8 +24,10 @@ def test_tables_carry_no_style_and_only_numbers_are_numbers():
     page = html_table(table, caption="")
     assert page == html_table(table.copy())
     assert page.splitlines() == [
-        '<table><thead><tr><th scope="col">&lt;a&gt;</th><th scope="col">b</th>'
-        '<th scope="col">c</th></tr></thead>',
+        (
+            '<table><thead><tr><th scope="col">&lt;a&gt;</th><th scope="col">b</th>'
+            '<th scope="col">c</th></tr></thead>'
+        ),
         "<tbody>",
         '<tr><td class="number">1.50</td><td>True</td><td>&lt;i&gt;</td></tr>',
         '<tr><td class="number">–</td><td>None</td><td>2</td></tr>',

@@ -103,8 +103,8 @@ def test_single_token_names_only():
     assert not set(table["io"]) & {"Mary", "Paul"}
     with pytest.raises(PromptError, match=r"single token.*: Mary"):
         ioi_prompts(3, tokenizer=small, names=["Mary", "John", "Alice"])
+    named = pd.DataFrame({"text": ["The bus was late"], "io": ["Mary"], "s": ["John"]})
     with pytest.raises(PromptError, match=r"single token.*: Mary"):
-        named = pd.DataFrame({"text": ["The bus was late"], "io": ["Mary"], "s": ["John"]})
         encode(model_with(small), named)
 
 

@@ -31,10 +31,6 @@ def definitions() -> dict[str, list[str]]:
     return found
 
 
-def _stored(name: ast.Name) -> bool:
-    return isinstance(name.ctx, ast.Store)
-
-
 def test_a_name_is_defined_once():
     twice = {name: places for name, places in definitions().items() if len(places) > 1}
     assert {name: where for name, where in twice.items() if name not in EXCEPTIONS} == {}

@@ -4,12 +4,11 @@ import pandas as pd
 import pytest
 import torch
 
-from gated import batch_of, every
+from gated import batch_of, edge_table, every
 from sparse_signals.core.run import run
 from sparse_signals.interventions.faithfulness import (
     curves,
     edge_attribution,
-    edge_table,
     edges_needed,
     gates,
     head_value,

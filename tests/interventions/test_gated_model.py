@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from gated import KINDS, LENGTH, TOLERANCE, batch_of, every
+from gated import KINDS, LENGTH, TOLERANCE, batch_of, edge_table, every
 from sparse_signals.core.forward import logit_difference
 from sparse_signals.core.model import activations
 from sparse_signals.core.prompts import Batch, PromptError, token_roles
 from sparse_signals.core.run import run
-from sparse_signals.interventions.faithfulness import edge_table, gates
+from sparse_signals.interventions.faithfulness import gates
 from sparse_signals.interventions.gated_model import ABLATIONS, run_switched, switchboard
 
 

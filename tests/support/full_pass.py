@@ -3,7 +3,7 @@
 import torch
 
 from sparse_signals.core.model import Model
-from sparse_signals.interventions.changes import MID, PRE, SITES, Changes, K, Q, V
+from sparse_signals.interventions.changes import MID, PRE, Changes, K, Q, V
 
 
 def changes_of(rows: list[tuple], width: int) -> Changes:
@@ -57,7 +57,7 @@ def _freeze(model, tokens, hook):
 
 def _register(hook, seen, model, layer, changes):
     """Hooks of one layer. A key is changed for one query head, as what it adds to scores."""
-    at = {site: [c[2:] for c in changes if c[1] == site] for site in range(len(SITES))}
+    at = {site: [c[2:] for c in changes if c[1] == site] for site in (PRE, Q, K, V, MID)}
     scaling = model.bridge.blocks[layer].attn.original_component.scaling
 
     def stream(x, site):

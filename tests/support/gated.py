@@ -3,8 +3,10 @@
 import pandas as pd
 import torch
 
+from sparse_signals.core.model import head_name
 from sparse_signals.core.prompts import Batch
 from sparse_signals.interventions.faithfulness import switchable
+from sparse_signals.tracing.contributions import SIDES
 
 KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2")
 # In float64 rotary models still take softmax and the last normalisation in float32.
@@ -27,3 +29,16 @@ def batch_of(prompts, seed=0, length=LENGTH):
 
 def every(board):
     return switchable(board).flatten().nonzero().flatten()
+
+
+def edge_table(board, edges):
+    """Edges, given as places in the flattened `switchable`, in words."""
+    places = torch.unravel_index(edges.cpu(), switchable(board).shape)
+    role, layer, head, side, component = (place.numpy() for place in places)
+    columns = {
+        "upstream": board.model.components["component"].to_numpy()[component],
+        "downstream": head_name(pd.Series(layer), pd.Series(head)),
+        "side": [SIDES[n] for n in side],
+        "role": [board.roles[n] for n in role],
+    }
+    return pd.DataFrame({"edge": edges.cpu().numpy()} | columns)

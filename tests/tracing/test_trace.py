@@ -18,7 +18,13 @@ from sparse_signals.tracing.contributions import (
     Settings,
     contributions,
 )
-from sparse_signals.tracing.roots import Root, TraceError, TraceWarning, place, strongest_roots
+from sparse_signals.tracing.roots import (
+    Root,
+    TraceError,
+    TraceWarning,
+    position_of,
+    strongest_roots,
+)
 from sparse_signals.tracing.trace import kept_components, trace, trace_chunk, trace_prompts
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
@@ -295,13 +301,13 @@ def test_contrasts_that_make_no_sense_are_refused(ioi, root, settings, message):
 
 def test_places_are_roles_their_neighbours_and_positions(ioi):
     _, batch = ioi
-    assert torch.equal(place(batch, "S2-1"), batch.roles["S2"] - 1)
-    assert torch.equal(place(batch, "S1+1"), batch.roles["S1+1"])
-    assert (place(batch, 3) == 3).all()
+    assert torch.equal(position_of(batch, "S2-1"), batch.roles["S2"] - 1)
+    assert torch.equal(position_of(batch, "S1+1"), batch.roles["S1+1"])
+    assert (position_of(batch, 3) == 3).all()
     with pytest.raises(PromptError, match="no position 99: the longest prompt has"):
-        place(batch, 99)
+        position_of(batch, 99)
     with pytest.raises(PromptError, match="no role 'IX-1'"):
-        place(batch, "IX-1")
+        position_of(batch, "IX-1")
 
 
 def test_another_basis_is_another_run(tiny_gpt2, batch, tmp_path):
@@ -319,9 +325,14 @@ def test_roots_are_written_as_the_command_line_takes_them():
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "table.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as aside:
-        aside.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic(path) as aside:
+            aside.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with atomic(path) as aside:
         aside.write_text("new")
@@ -351,6 +362,6 @@ def test_a_side_keeps_the_fewest_that_exceed_the_share(share, kept):
 
 def test_neighbours_of_a_role_stay_inside(batch):
     end, last = batch.mask.sum(1) - 1, batch.tokens.shape[1] - 1
-    assert place(batch, "end-1").tolist() == (end - 1).tolist()
-    assert place(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
-    assert place(batch, "end-99").tolist() == [0] * len(end)
+    assert position_of(batch, "end-1").tolist() == (end - 1).tolist()
+    assert position_of(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
+    assert position_of(batch, "end-99").tolist() == [0] * len(end)

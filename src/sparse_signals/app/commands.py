@@ -89,6 +89,7 @@ class Job:
 
     @cached_property
     def chunks(self) -> list[slice]:
+        """Prompts that fit into memory together."""
         return fitting_rows(self.model, self.batch)
 
 

@@ -79,7 +79,11 @@ def lay_out(nodes: pd.DataFrame, columns: list[str]) -> Layout:
     letters = nodes["component"].map(lambda name: short(name, NODE_LETTERS, "M", "B"))
     brief = bool(_least_widths(nodes, words, columns).sum() > PLOT - 2 * MARGIN)
     labels = letters if brief else words
-    widths = _fill(nodes, _least_widths(nodes, labels, columns))
+    least = _least_widths(nodes, labels, columns)
+    free = max(0, PLOT - 2 * MARGIN - least.sum())  # goes to the columns with the fullest cells
+    fullest = nodes.groupby(["column", "layer"]).size().groupby("column").max()
+    need = fullest.reindex(columns).fillna(0)
+    widths = least + free * need / need.sum()
     nodes = _rows(nodes.assign(label=labels, box=_box(labels)), widths)
     bands, height = _bands(nodes)
     centres = (MARGIN + widths.cumsum() - widths / 2).round().astype(int)
@@ -107,14 +111,6 @@ def _least_widths(nodes: pd.DataFrame, labels: pd.Series, columns: list[str]) ->
     """The least width of each column: its widest node; columns without nodes are narrow."""
     widest = _box(labels).groupby(nodes["column"]).max() + BETWEEN
     return widest.reindex(columns).fillna(NARROW)
-
-
-def _fill(nodes: pd.DataFrame, widths: pd.Series) -> pd.Series:
-    """The widths, with the free room of the page given to the columns with the fullest cells."""
-    free = max(0, PLOT - 2 * MARGIN - widths.sum())
-    fullest = nodes.groupby(["column", "layer"]).size().groupby("column").max()
-    need = fullest.reindex(widths.index).fillna(0)
-    return widths + free * need / need.sum()
 
 
 def _rows(nodes: pd.DataFrame, widths: pd.Series) -> pd.DataFrame:

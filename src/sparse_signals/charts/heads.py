@@ -57,6 +57,7 @@ def packed(table: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFra
 
 
 def unpacked(table: pd.DataFrame, columns: list[str]) -> alt.Chart:
+    """The chart of a packed table, one row per number again; k counts from 1 in a group."""
     chart = alt.Chart(table).transform_calculate(**{c: f"split(datum.{c}, ' ')" for c in columns})
     numbers = {c: f"toNumber(datum.{c})" for c in columns}
     chart = chart.transform_flatten(columns).transform_calculate(**numbers)

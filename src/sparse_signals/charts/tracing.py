@@ -253,7 +253,10 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
         if of > 1
         else f"Traced in one prompt: {len(table)} edges, the largest share {_named(table, 'share')}"
     )
-    return draw(table, _ordered(table, order), ("role of the token", "% of prompts"), tips, title)
+    found = distinct([*table["at"], *table["dest"]])
+    known = [name for name in order if name in found]
+    columns = [name for name in found if name not in known] + known
+    return draw(table, columns, ("role of the token", "% of prompts"), tips, title)
 
 
 def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixin:
@@ -298,13 +301,6 @@ def _named_ends(
         side=table["side"].map(SIDE_WORDS),
     )
     return table.assign(lane=table.groupby(["writer", "reader"]).cumcount()).reset_index(drop=True)
-
-
-def _ordered(table: pd.DataFrame, order: Sequence[str]) -> list[str]:
-    """The columns that occur: those unknown to `order` as they come, then the others in order."""
-    found = distinct([*table["at"], *table["dest"]])
-    known = [name for name in order if name in found]
-    return [name for name in found if name not in known] + known
 
 
 def _named(table: pd.DataFrame, by: str) -> str:

@@ -80,10 +80,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.bridge.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights, in which the model computes."""
         return next(self.bridge.parameters()).dtype
 
     @property
@@ -282,6 +284,7 @@ def activations(
     unknown = sorted(set(names) - set(HOOKS))
     if unknown:
         raise ValueError(f"unknown activations {unknown}: choose among {sorted(HOOKS)}")
+    points = HOOKS | ROTATED if model.rotary else HOOKS
     kept: dict[str, Tensor] = {}
 
     def keeper(name: str, layer: int, rows: slice) -> Callable[..., None]:
@@ -295,7 +298,7 @@ def activations(
 
     for rows, batch in _batches(model, tokens, progress):
         hooks = [
-            (f"blocks.{layer}.{_hook(model, name)}", keeper(name, layer, rows))
+            (f"blocks.{layer}.{points[name]}", keeper(name, layer, rows))
             for name in names
             for layer in range(model.n_layers)
         ]
@@ -319,10 +322,6 @@ def logits(
     at = at.to(model.device)
     runs = [_run(model, batch, at[rows], hooks) for rows, batch in _batches(model, tokens)]
     return torch.cat(runs)
-
-
-def _hook(model: Model, name: str) -> str:
-    return ROTATED.get(name, HOOKS[name]) if model.rotary else HOOKS[name]
 
 
 def _arranged(model: Model, name: str, value: Tensor) -> Tensor:

@@ -293,30 +293,20 @@ def _token_ids(text: str, model: Model, place: str) -> list[int]:
         raise PromptError(f"{place}an empty prompt")
     tokenizer = model.tokenizer
     ids = _plain_ids(text, tokenizer)
-    if _unknowns(text, ids, tokenizer):
+    unknown, unknowns = tokenizer.unk_token_id, ids.count(tokenizer.unk_token_id)
+    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        unknowns -= text.count(tokenizer.unk_token or "\0")  # it may be meant, as a special token
+    if unknowns:
         raise PromptError(f"{place}{_unknown(text, tokenizer)}")
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if not any(_reads_as(decoded, form) for form in _forms(text, tokenizer)):
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normal = normalizer.normalize_str(text) if normalizer else text  # where "▁" may be a space
+    if not any(_reads_as(decoded, form) for form in (text, normal.replace("▁", " "))):
         raise PromptError(
             f"{place}the tokenizer beside {model.name} is not its own, or has the wrong class: "
             f"its tokens read {decoded[:60]!r}, the prompt is {text[:60]!r}"
         )
     return ids
-
-
-def _unknowns(text: str, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens are unknown. Where no word is, that token may be another special one too."""
-    unknown = tokenizer.unk_token_id
-    if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return ids.count(unknown) - text.count(tokenizer.unk_token or "\0")
-    return ids.count(unknown)
-
-
-def _forms(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The text, and what the tokenizer's own normalisation makes of it: "▁" may be a space."""
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    normal = normalizer.normalize_str(text) if normalizer else text
-    return [text, normal.replace("▁", " ")]
 
 
 def _reads_as(decoded: str, text: str) -> bool:

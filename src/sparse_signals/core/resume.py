@@ -81,20 +81,15 @@ def stream_parquet(tables: Iterable[pd.DataFrame], path: Path, lists: Sequence[s
     with atomic(path) as aside:
         for table in tables:
             table = table.astype(dict.fromkeys(lists, object))  # an empty one may be of numbers
-            schema = writer.schema if writer else _schema(table, lists)
             if writer is None:
+                schema = pa.Schema.from_pandas(table, preserve_index=False)
+                for name in lists:
+                    column = pa.field(name, pa.list_(pa.int64()))
+                    schema = schema.set(schema.get_field_index(name), column)
                 writer = pq.ParquetWriter(aside, schema)
-            writer.write_table(pa.Table.from_pandas(table, schema, preserve_index=False))
+            writer.write_table(pa.Table.from_pandas(table, writer.schema, preserve_index=False))
         if writer:
             writer.close()
-
-
-def _schema(table: pd.DataFrame, lists: Sequence[str]) -> pa.Schema:
-    schema = pa.Schema.from_pandas(table, preserve_index=False)
-    for name in lists:
-        place = schema.get_field_index(name)
-        schema = schema.set(place, pa.field(name, pa.list_(pa.int64())))
-    return schema
 
 
 def run_key(model: "Model", batch: "Batch", settings: object) -> str:

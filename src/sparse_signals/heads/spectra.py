@@ -66,7 +66,9 @@ def random_spectra(
         return torch.linalg.svdvals(RA @ RB.mT).expand(draws, layers, heads, r)
     shape = (draws, layers, heads)
     if null == "norms":
-        RA, RB = (_stretched(_gaussian_r(rng, shape, n, r), M) for M in (forms.A, forms.B))
+        lengths = [M.double().cpu().norm(dim=-2) for M in (forms.A, forms.B)]
+        drawn = [(_gaussian_r(rng, shape, n, r), length) for length in lengths]
+        RA, RB = (R * (length / R.norm(dim=-2)).unsqueeze(-2) for R, length in drawn)
         return torch.linalg.svdvals(RA @ RB.mT)
     turn = torch.linalg.qr(torch.from_numpy(rng.standard_normal((*shape, r, r))))[0]
     left, right = (torch.linalg.svdvals(M.double().cpu()) for M in (forms.A, forms.B))
@@ -82,15 +84,12 @@ def _gaussian_r(
     return torch.from_numpy(R)
 
 
-def _stretched(
-    R: Float[Tensor, "... r r"], factor: Float[Tensor, "layer head n r"]
-) -> Float[Tensor, "... r r"]:
-    return R * (factor.double().cpu().norm(dim=-2) / R.norm(dim=-2)).unsqueeze(-2)
-
-
 def spectrum_bands(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
-    """Every σ beside its null. One row per null, head and k, all σ divided by their root mean
-    square: null, layer, head, name, k, sigma, low, high (95 % of random draws)."""
+    """Every σ beside its null, all σ of a head divided by their root mean square.
+
+    One row per null, head and k: null, layer, head, name, k, sigma, low, high (95 % of random
+    draws).
+    """
     ours = _unit(svd.S.cpu())
     tables = []
     for null in NULLS:

@@ -14,8 +14,7 @@ from sparse_signals.core.forward import attention_weights, normalise
 from sparse_signals.core.model import Model, activations, once_per_model
 from sparse_signals.core.prompts import Batch
 
-# The stream before attention, the inputs of a head, the stream after it: in order of computation.
-SITES = ("pre", "q", "k", "v", "mid")
+# Sites, in order of computation: the stream before attention, inputs of a head, the stream after.
 PRE, Q, K, V, MID = range(5)
 
 
@@ -53,8 +52,8 @@ class Clean:
 class Changes:
     """Additions, in any order: `factor` times row `which` of `values`, in row `row`.
 
-    `site` is a place in `SITES`; `head` counts for queries, keys and values alone, which are
-    changed for this query head only, even where heads share keys.
+    `site` is one of PRE, Q, K, V and MID; `head` counts for queries, keys and values alone, which
+    are changed for this query head only, even where heads share keys.
     """
 
     row: Int[Tensor, "change"]
@@ -71,6 +70,7 @@ class Changes:
         return Changes(**kept, values=self.values)
 
     def added(self) -> Float[Tensor, "change width"]:
+        """The vector that every change adds."""
         return self.values[self.which] * self.factor[:, None]
 
 

@@ -56,7 +56,8 @@ def disjoint_paths(traced: Trace, ends: Sequence[str] | None = EMBEDDINGS) -> pd
     for firing, graph in _root_graphs(traced, ends):
         sink = ("firing", firing["firing"])
         paths = nx.maximum_flow_value(graph, SOURCE, sink, capacity="single")
-        cut = _cut(graph, sink)
+        _, (near, _) = nx.minimum_cut(graph, SOURCE, sink)
+        cut = [(a, b) for a, b in graph.edges if a in near and b not in near]
         flow = sum(graph.edges[link]["capacity"] for link in cut) / UNITS
         rows.append([*(firing[name] for name in OF_ROOT), paths, flow, len(cut)])
     return pd.DataFrame(rows, columns=[*OF_ROOT, "paths", "flow", "cut"])
@@ -72,11 +73,6 @@ def _root_graphs(
         graph = graphs.get(firing["prompt"], nx.DiGraph())
         graph.add_nodes_from([SOURCE, ("firing", firing["firing"])])
         yield firing, graph
-
-
-def _cut(graph: nx.DiGraph, sink: Hashable) -> list[tuple[Hashable, Hashable]]:
-    _, (near, _) = nx.minimum_cut(graph, SOURCE, sink)
-    return [(a, b) for a, b in graph.edges if a in near and b not in near]
 
 
 def best_paths(

@@ -27,7 +27,7 @@ from sparse_signals.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
-class Readers:
+class HeadReaders:
     """How heads read, destination sides first: head h reads as h at its query, H + h at its key.
 
     `raw` takes the stream to queries or keys (the last row is the bias), `basis` spans what is
@@ -51,7 +51,7 @@ class Signals:
     """
 
     edges: pd.DataFrame
-    readers: Readers
+    readers: HeadReaders
     reader: Int[Tensor, "edge"]
     combination: Int[Tensor, "edge"]
     scale: Float[Tensor, "edge"]
@@ -87,7 +87,7 @@ def read_signals(
     reader = column(edges, "head", device) + model.n_heads * at_source
     places = torch.stack([layer, reader, token * model.rotary], dim=1)
     places, combination = places.unique(dim=0, return_inverse=True)
-    readers = _readers_at(model, places)
+    readers = _head_readers(model, places)
     written, scale = _writes(traced, edges, run)
     image = by_reader(written.double(), readers.raw[:, :, :-1], layer, reader)
     constant = scale * torch.tensor((edges["kind"] == BIAS_ROW).to_numpy(bool), device=device)
@@ -126,13 +126,13 @@ def column(edges: pd.DataFrame, name: str, device: torch.device) -> Int[Tensor, 
 def _input_maps(
     model: Model,
 ) -> tuple[Float[Tensor, "layer reader d1 r"], Float[Tensor, "layer reader d r"], Tensor]:
-    """`Readers.raw`, and its rows but the bias as `Readers.basis` times an r×r matrix."""
+    """`HeadReaders.raw`, and its rows but the bias as `HeadReaders.basis` times an r×r matrix."""
     forms = qk_forms(model)
     raw = torch.cat([forms.A, forms.B], dim=1)
     return raw, *torch.linalg.qr(raw[:, :, :-1])
 
 
-def _readers_at(model: Model, places: Int[Tensor, "combination 3"]) -> Readers:
+def _head_readers(model: Model, places: Int[Tensor, "combination 3"]) -> HeadReaders:
     """Readers at tokens: of each combination the layer, reader and token (0 if not rotary)."""
     (raw, basis, R), maps = _input_maps(model), model_basis(model)
     layer, reader, token = places.T
@@ -142,7 +142,7 @@ def _readers_at(model: Model, places: Int[Tensor, "combination 3"]) -> Readers:
         rows = (x.flatten(0, 1) for x in (inward.mT, cos, sin))
         inward = unrotate(*rows).view(inward.shape).mT
     outward = torch.linalg.pinv(R[layer, reader] @ inward)
-    return Readers(raw, basis, inward[None], outward[None])
+    return HeadReaders(raw, basis, inward[None], outward[None])
 
 
 def _writes(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_signals.core.model import BIAS_ROW, head_name
+from sparse_signals.core.model import BIAS_ROW
 from sparse_signals.core.prompts import role_numbers
 from sparse_signals.core.run import fitting_rows, runs
 from sparse_signals.core.stats import DRAWS, bounds, resample
@@ -46,19 +46,6 @@ def switchable(board: Switchboard) -> Bool[Tensor, "role layer head side compone
     real = torch.arange(len(board.roles)) > 0
     shape = (len(board.roles), model.n_layers, model.n_heads, len(SIDES), len(table))
     return (real[:, None, None, None, None] & upstream[:, None, None]).expand(shape).clone()
-
-
-def edge_table(board: Switchboard, edges: Int[Tensor, "edge"]) -> pd.DataFrame:
-    """Edges, given as places in the flattened `switchable`, in words: upstream, downstream, …"""
-    places = torch.unravel_index(edges.cpu(), switchable(board).shape)
-    role, layer, head, side, component = (place.numpy() for place in places)
-    columns = {
-        "upstream": board.model.components["component"].to_numpy()[component],
-        "downstream": head_name(pd.Series(layer), pd.Series(head)),
-        "side": [SIDES[n] for n in side],
-        "role": [board.roles[n] for n in role],
-    }
-    return pd.DataFrame({"edge": edges.cpu().numpy()} | columns)
 
 
 def gates(board: Switchboard, edges: Int[Tensor, "edge"], others: bool = False) -> Gate:
@@ -169,7 +156,8 @@ def curves(
     method has several, as "random" should). difference: F(circuit); accuracy: how often IO beats S.
     A ranking that has fewer edges than a size is run whole. Source: Wang et al. 2023, section 4.
     """
-    closed, opened = (run_switched(board, gates(board, _none(), x)) for x in (False, True))
+    nothing = torch.zeros(0, dtype=torch.long)
+    closed, opened = (run_switched(board, gates(board, nothing, x)) for x in (False, True))
     rows, times = [], resample(len(closed.difference), draws, seed)
     for method, ranking in tqdm(rankings.items(), disable=not progress, unit="method"):
         longest = max(map(len, ranking))
@@ -186,10 +174,6 @@ def curves(
             row |= {"accuracy": float((difference > 0).double().mean())}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _none() -> Int[Tensor, "0"]:
-    return torch.zeros(0, dtype=torch.long)
 
 
 def _shares(

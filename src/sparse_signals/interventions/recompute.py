@@ -75,6 +75,7 @@ class Rows:
 
     @cached_property
     def first(self) -> Int[Tensor, "row"]:
+        """The first token of every row that is computed."""
         return self.clean.end[self.prompt] - self.length + 1
 
     @cached_property
@@ -100,6 +101,7 @@ class Rows:
         return slice(self.length - 1, self.length)
 
     def places(self, tokens: slice) -> Int[Tensor, "row token"]:
+        """Where in their prompts some of the tokens of every row stand."""
         counted = torch.arange(self.length, device=self.prompt.device)
         return self.first[:, None] + counted[tokens]
 
@@ -133,7 +135,10 @@ class Rows:
     def attend(
         self, qkv: Float[Tensor, "row token qkv"], layer: int
     ) -> Float[Tensor, "row asked z"]:
-        """z of all heads at the tokens asked for, from the inputs of heads at those of x."""
+        """z of all heads at the tokens asked for, from the inputs of heads at those of x.
+
+        Keeps the scores and attention weights that were asked for.
+        """
         asked, dirty = self.asked(layer), qkv.shape[1]
         new_q, new_k, new_v = self._heads(qkv)
         rest = self.prompt[:, None], slice(None), self.places(slice(dirty, self.length))
@@ -147,7 +152,11 @@ class Rows:
         scores = q[:, asked].transpose(1, 2) @ k.mT / model.divisor[layer].to(q)
         past = torch.arange(k.shape[2], device=k.device) <= self.places(asked)[..., None]
         pattern = attention_weights(model, scores, past[:, None])
-        self._report(layer, asked, scores, pattern)
+        place = self.probes.dest - self.first[self.probes.row] - asked.start
+        here = (self.probes.layer == layer) & (place >= 0) & (place < scores.shape[2])
+        at = self.probes[here]
+        for values, into in ((scores, self.score), (pattern, self.attention)):
+            into[here] = values[at.row, at.head, place[here], at.src].double()
         return (pattern @ v).transpose(1, 2).flatten(2)
 
     def _heads(
@@ -179,19 +188,6 @@ class Rows:
             if site == Q:
                 place = (found.row, found.token - self.first[found.row], found.head)
             values.index_put_(place, found.added().to(values.dtype), accumulate=True)
-
-    def _report(
-        self,
-        layer: int,
-        asked: slice,
-        scores: Float[Tensor, "row head asked pos"],
-        pattern: Float[Tensor, "row head asked pos"],
-    ) -> None:
-        place = self.probes.dest - self.first[self.probes.row] - asked.start
-        here = (self.probes.layer == layer) & (place >= 0) & (place < scores.shape[2])
-        at = self.probes[here]
-        for values, into in ((scores, self.score), (pattern, self.attention)):
-            into[here] = values[at.row, at.head, place[here], at.src].double()
 
 
 @torch.no_grad()

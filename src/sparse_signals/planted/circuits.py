@@ -98,7 +98,8 @@ def planted(name: str, noise: float = 0.0, seed: int = 0, prompts: int = 8) -> P
     heads = [stage.head for stage in circuit.stages] + list(circuit.decoys)
     hf_model = handwritten_model(heads, circuit.vocabulary, noise, seed)
     batch = _batch(circuit, random.Random(seed), prompts)
-    tables = _planted_roots(circuit.stages, batch), _truth(circuit.stages, batch)
+    fired = [_firings(stage, batch) for stage in circuit.stages if stage.root]
+    tables = pd.concat(fired, ignore_index=True), _truth(circuit.stages, batch)
     return Planted(name, wrap_model(hf_model, f"planted-{name}"), batch, *tables)
 
 
@@ -232,11 +233,6 @@ def _batch(circuit: Planting, rng: random.Random, prompts: int) -> Batch:
     mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
     io, s = (torch.tensor([number[word] for word in rows[column]]) for column in ("io", "s"))
     return Batch(rows, tokens, mask, labels, roles, io, s)
-
-
-def _planted_roots(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:
-    tables = [_firings(stage, batch) for stage in stages if stage.root]
-    return pd.concat(tables, ignore_index=True)
 
 
 def _truth(stages: Sequence[Stage], batch: Batch) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from sparse_signals.tracing.contributions import (
     Contributions,
     Settings,
     contributions,
-    readers,
+    reading_vectors,
     receiving,
 )
 from sparse_signals.tracing.trace import follow
@@ -106,7 +106,7 @@ def _whole_score(case: PlantedRun) -> Contributions:
     run, pairs = case.run, case.pairs
     coords = coordinates(run, pairs)
     every = torch.ones_like(coords.slices, dtype=torch.bool)
-    w, token = readers(run.model, pairs, coords, every), receiving(pairs)
+    w, token = reading_vectors(run.model, pairs, coords, every), receiving(pairs)
     scale = run.scale[pairs.layer[:, None], pairs.prompt[:, None], token]
     written = run.outputs[pairs.prompt[:, None], token]
     values = torch.einsum("nscd,nsd->nsc", written, w[..., :-1]) / scale[..., None]
@@ -141,12 +141,12 @@ def compare(case: PlantedRun, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for method, table in found.items():
         for kind in COUNTED[: 1 if method in HEADS_ONLY else 2]:
-            result = recovery(kept(table, kind), kept(case.planted.truth, kind))
+            result = recovery(of_kind(table, kind), of_kind(case.planted.truth, kind))
             rows.append({"method": method, "edges": kind} | result.to_dict())
     return pd.DataFrame(rows).assign(circuit=case.planted.name)
 
 
-def kept(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+def of_kind(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The edges of a kind, one of `COUNTED`."""
     return table[table["kind"] == "head"] if kind == "head edges" else table
 

@@ -49,6 +49,7 @@ class Head:
 
     @property
     def name(self) -> str:
+        """Layer and head."""
         return f"{self.layer}.{self.head}"
 
 

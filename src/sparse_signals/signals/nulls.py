@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sparse_signals.core.model import Model
@@ -64,21 +64,15 @@ def gaussian_slices(
     """
     heads = int(torch.cat([pairs.head, reference.head]).max()) + 1
     here, there = pairs.layer * heads + pairs.head, reference.layer * heads + reference.head
-    mean, variance = _profile(slices, there, int(torch.cat([here, there]).max()) + 1)
+    zeros = slices.new_zeros(int(torch.cat([here, there]).max()) + 1, slices.shape[-1])
+    count = zeros[:, :1].index_add(0, there, torch.ones_like(slices[:, :1])).clamp_min(1)
+    mean = zeros.index_add(0, there, slices) / count
+    variance = (zeros.index_add(0, there, slices**2) / count - mean**2).clamp_min(0)
     noise = np.random.default_rng(seed).standard_normal((len(pairs), slices.shape[-1]))
     free = mean[here] + variance[here].sqrt() * torch.from_numpy(noise).to(slices)
     spread = variance[here].sum(-1, keepdim=True)
     share = torch.where(spread > 0, variance[here] / spread, 1 / slices.shape[-1])
     return free + share * (total - free.sum(-1))[:, None]
-
-
-def _profile(
-    slices: Float[Tensor, "ref r"], group: Int[Tensor, "ref"], groups: int
-) -> tuple[Float[Tensor, "group r"], Float[Tensor, "group r"]]:
-    zeros = slices.new_zeros(groups, slices.shape[-1])
-    count = zeros[:, :1].index_add(0, group, torch.ones_like(slices[:, :1])).clamp_min(1)
-    mean = zeros.index_add(0, group, slices) / count
-    return mean, (zeros.index_add(0, group, slices**2) / count - mean**2).clamp_min(0)
 
 
 def sparser_heads(

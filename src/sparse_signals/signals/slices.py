@@ -33,6 +33,7 @@ class Coordinates:
 
     @property
     def slices(self) -> Float[Tensor, "pair r"]:
+        """The slices of every pair, whose sum is its score."""
         return self.dest * self.src
 
 

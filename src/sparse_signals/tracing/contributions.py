@@ -108,9 +108,11 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
     if settings.weighting == "norm":
-        values = _output_norms(run, pairs)
+        outputs = run.outputs if run.model.rms else run.outputs - run.outputs.mean(-1, keepdim=True)
+        norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
+        values = norms[pairs.prompt[:, None], receiving(pairs)]
     else:
-        values = _values(run, pairs, readers(run.model, pairs, coords, chosen, settings))
+        values = _values(run, pairs, reading_vectors(run.model, pairs, coords, chosen, settings))
         if settings.bias_per_head:
             values[..., :-1] += values[..., -1:] / _scale(run, pairs)[..., None]
     values = values * _counted(run.model, pairs, settings.weighting)[:, None]
@@ -148,8 +150,8 @@ def contrast(
     ours, theirs = (coordinates(run, x, basis) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
     chosen = _chosen(difference, settings)
-    values = _values(run, pairs, readers(run.model, pairs, difference, chosen, settings))
-    aside = _values(run, other, readers(run.model, other, ours, chosen, settings))
+    values = _values(run, pairs, reading_vectors(run.model, pairs, difference, chosen, settings))
+    aside = _values(run, other, reading_vectors(run.model, other, ours, chosen, settings))
     values[:, 1] -= aside[:, 1]
     values = values * _counted(run.model, pairs, "exact")[:, None]
     found = _summed(values, difference, chosen)
@@ -171,7 +173,7 @@ def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
     return support(coords.slices, settings.fraction)
 
 
-def readers(
+def reading_vectors(
     model: Model,
     pairs: Pairs,
     coords: Coordinates,
@@ -220,14 +222,6 @@ def _values(
     return torch.cat([values, read[..., -1:]], dim=-1)
 
 
-def _output_norms(run: Run, pairs: Pairs) -> Float[Tensor, "pair side component"]:
-    outputs = run.outputs
-    if not run.model.rms:
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
-    return norms[pairs.prompt[:, None], receiving(pairs)]
-
-
 def _counted(model: Model, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair component"]:
     """Which components are upstream of each pair's head, and counted by the weighting."""
     layer = torch.tensor(model.components["layer"].tolist(), device=pairs.layer.device)
@@ -246,7 +240,8 @@ def by_source(
     """
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     chosen = _chosen(coords, settings)
-    read = readers(run.model, pairs, coords, chosen, settings) / _scale(run, pairs)[..., None]
+    read = reading_vectors(run.model, pairs, coords, chosen, settings)
+    read = read / _scale(run, pairs)[..., None]
     W_O = run.model.writers.W_O.double()
     through = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
     v = run.v[:, pairs.prompt].double()

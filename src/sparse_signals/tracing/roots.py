@@ -51,7 +51,7 @@ class Root:
         return ":".join([self.name, *map(str, places)])
 
 
-def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
+def position_of(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
     """The position of a role, of a neighbour of one, or a fixed position, in every prompt."""
     prompts, length = batch.tokens.shape
     if isinstance(where, int):
@@ -59,25 +59,22 @@ def place(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
             raise PromptError(f"no position {where}: the longest prompt has {length} tokens")
         return torch.full((prompts,), where)
     roles = batch.roles | {"end": batch.last}
-    role, step = (where, 0) if where in roles else _neighbour(where)
+    role, step = where, 0
+    if where not in roles and (found := re.fullmatch(r"(.+)([+-]\d{1,9})", where)):
+        role, step = found[1], int(found[2])
     if role not in roles:
         known = ", ".join(roles) if batch.roles else "end alone, since IO and S are not known"
         raise PromptError(f"no role {where!r} in these prompts: they have {known}")
     return (roles[role] + step).clamp(0, length - 1)
 
 
-def _neighbour(where: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(.+)([+-]\d{1,9})", where)
-    return (found[1], int(found[2])) if found else (where, 0)
-
-
 def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
     """Which firings a root names."""
     device = pairs.layer.device
     match = (pairs.layer == root.layer) & (pairs.head == root.head)
-    match &= pairs.dest == place(batch, root.dest).to(device)[pairs.prompt]
+    match &= pairs.dest == position_of(batch, root.dest).to(device)[pairs.prompt]
     if root.src is not None:
-        match &= pairs.src == place(batch, root.src).to(device)[pairs.prompt]
+        match &= pairs.src == position_of(batch, root.src).to(device)[pairs.prompt]
     return match
 
 
@@ -85,7 +82,8 @@ def pairs_named(run: Run, root: Root) -> Pairs:
     """The pair that a root with a source names, in every prompt, whether it fires or not."""
     number = torch.arange(len(run))
     layer, head = (torch.full_like(number, x) for x in (root.layer, root.head))
-    places = (layer, number, head, place(run.batch, root.dest), place(run.batch, root.src))
+    dest, src = (position_of(run.batch, where) for where in (root.dest, root.src))
+    places = (layer, number, head, dest, src)
     return pairs_at(run, *(x.to(run.tokens.device) for x in places))
 
 
@@ -118,7 +116,7 @@ def open_contrasts(
 
 
 def _other_source(run: Run, pairs: Pairs, root: Root) -> Pairs:
-    src = place(run.batch, root.against).to(pairs.src.device)[pairs.prompt]
+    src = position_of(run.batch, root.against).to(pairs.src.device)[pairs.prompt]
     return pairs_at(run, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
 
 

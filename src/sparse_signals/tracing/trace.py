@@ -37,7 +37,7 @@ from sparse_signals.tracing.roots import (
     TraceWarning,
     check_roots,
     open_contrasts,
-    place,
+    position_of,
     starts,
 )
 
@@ -83,7 +83,7 @@ class Trace:
             for end, where in (("dest", root.dest), ("src", root.src)):
                 if where is not None:
                     at = torch.tensor(firings[end].tolist(), dtype=torch.long)
-                    match = at == place(self.batch, where)[prompt]
+                    match = at == position_of(self.batch, where)[prompt]
                     firings, prompt = firings[match.numpy()], prompt[match]
             missing = set(range(len(self.batch.tokens))) - set(prompt.tolist())
             found.append((root, sorted(missing)))
