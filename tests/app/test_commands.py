@@ -37,6 +37,7 @@ from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.names import MODEL_NAMES
 from sparse_signals.core.prompts import encode, ioi_prompts, with_names
+from sparse_signals.core.resume import alone_in
 from sparse_signals.core.rotary import rotation
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import DRAWS
@@ -331,7 +332,7 @@ def test_trace_writes_all_files_and_they_agree(said, out, ioi):
         "roots": ", ".join(map(str, roots)),
         "settings": "level 0.5, fraction 1.0, share 0.6, weighting exact, dtype float32",
     }
-    expected = Circuit(pool(traced.edges, ioi.batch, repeats=DRAWS), facts)
+    expected = Circuit(pool(traced.edges, ioi.batch, draws=DRAWS), facts)
     for suffix in FORMATS[:3]:
         circuit = read_circuit(out / f"circuit{suffix}")
         assert circuit.facts.items() >= facts.items() and circuit.facts["version"]
@@ -407,7 +408,7 @@ def test_swapped_names_are_another_run(said, out, tmp_path, chunks_of_one, stopp
     assert len(calls) == 4
 
 
-def test_the_first_token_is_a_choice(said, out, no_page):
+def test_the_first_token_is_a_choice(said, out):
     said("signals --ioi 4 --quiet")
     usual = pd.read_parquet(out / "firings.parquet")
     said("signals --ioi 4 --quiet --bos")
@@ -420,7 +421,7 @@ def test_the_first_token_is_a_choice(said, out, no_page):
 
 
 @pytest.mark.parametrize("command", ["signals", "trace --root 1.4 --level 0.01"])
-def test_a_doubled_first_token_is_warned_of_once(said, command, no_page):
+def test_a_doubled_first_token_is_warned_of_once(said, command):
     code, _, error = said(f"{command} --prompt", f"<|endoftext|>{NAMED}")
     assert code == 0 and error.count("begins with <|endoftext|> twice") == 1
     _, _, error = said(f"{command} --no-bos --prompt", f"<|endoftext|>{NAMED}")
@@ -662,7 +663,7 @@ def test_roots_that_were_found_are_kept(said, out, chunks_of_one, stopping, monk
 
 
 def test_one_run_at_a_time_in_a_folder(said, out):
-    with resume.alone_in(out / ".partial" / "signals"):
+    with alone_in(out / ".partial" / "signals"):
         code, output, error = said("signals --ioi 2 --quiet")
     assert code == 2 and output == ""
     assert error.startswith("sparse-signals: another run is writing to ") and error.count("\n") == 1

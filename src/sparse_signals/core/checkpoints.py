@@ -171,8 +171,9 @@ def _architecture(directory: Path) -> str:
 
 
 def _check_settings(directory: Path, config: dict[str, Any]) -> None:
-    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    ropes = [rope for rope in ropes if isinstance(rope, dict)]
+    ropes = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if wrong := [rope for rope in ropes if not isinstance(rope, dict)]:
+        raise ModelError(f"cannot use {directory}: its rotation is {json.dumps(wrong[0])}")
     ropes += [each for rope in ropes for each in rope.values() if isinstance(each, dict)]
     for table in [config, *ropes]:
         for setting, usual in USUAL.items():
