@@ -159,7 +159,7 @@ def sparsity(slices: Float[Tensor, "pair r"], fraction: float | None = 1.0) -> p
     * cancellation: Σ|p| / |Σp|, 1 where all slices agree.
 
     >>> import torch
-    >>> sparsity(torch.tensor([[4.0, 3.0, 2.0, 1.0]])).round(2).iloc[0].to_dict()
+    >>> sparsity(torch.tensor([[4.0, 3.0, 2.0, 1.0]]).double()).round(2).iloc[0].to_dict()
     {'support': 4.0, 'participation': 3.33, 'ninety': 3.0, 'settled': 3.0, 'cancellation': 1.0}
     """
     total = slices.sum(-1, keepdim=True)

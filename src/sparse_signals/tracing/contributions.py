@@ -46,7 +46,7 @@ class Settings:
 
     >>> Settings().share, Settings(weighting="published").weighting
     (0.7, 'published')
-    >>> Settings(share=2)
+    >>> Settings(share=2.0)
     Traceback (most recent call last):
     ValueError: share must be above 0 and at most 1
     """
