@@ -37,7 +37,7 @@ PARTS = (  # the quick ones first; the site is built before it is tested
     Part("types", (("node", str(PYRIGHT)),), needs=PYRIGHT),
     Part("examples", ((PYTHON, "-m", "pytest", "--doctest-modules", "src"),)),
     Part("unit tests", ((*PYTEST, "tests", "-m", "not site"),)),
-    Part("site tests", ((*PYTEST, "tests", "-m", "site"),)),
+    Part("site tests", ((*PYTEST, "tests", "-m", "site", "--dist", "loadgroup"),)),
     Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
 )
 

@@ -7,6 +7,7 @@ import pytest
 import example_circuits as made_up
 from sparse_signals.app.page import write_page
 
+pytestmark = pytest.mark.site
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 FACTS = {"model": "gpt2-ioi", "prompts": "256 (seed 0)"}
