@@ -49,7 +49,7 @@ HOMES = {
     "intervene": "interventions.intervene",
     "bootstrap": "core.stats",
 }
-__all__ = list(HOMES)
+__all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

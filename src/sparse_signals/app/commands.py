@@ -185,7 +185,7 @@ def open_folder(out: Path) -> Path:
         with tempfile.TemporaryFile(dir=out):
             return out
     except OSError as error:
-        reason = "it is a file" if out.is_file() else error.strerror.lower()
+        reason = "it is a file" if out.is_file() else (error.strerror or str(error)).lower()
         raise UsageError(f"cannot write to {out} ({reason}): name a folder with --out") from error
 
 
@@ -266,7 +266,7 @@ def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.Data
     parts = slices(run, pairs)
     table = pairs.table()[["prompt", "layer", "head", "dest", "src", "attention", "score"]]
     table["prompt"] += first_prompt
-    table["support"] = index_lists(support(parts, settings.fraction))
+    table["support"] = pd.Series(index_lists(support(parts, settings.fraction)), table.index)
     measures = sparsity(parts, settings.fraction).rename(columns={"support": "size"})
     error = (parts.sum(-1) - pairs.score).abs() / parts.abs().sum(-1)
     check_sums(run.model, error, "slices")

@@ -4,7 +4,15 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from sparse_signals.charts.style import COLOURS, TOKEN_STEP, distinct, finish, menu, tooltips
+from sparse_signals.charts.style import (
+    COLOURS,
+    TOKEN_STEP,
+    Layered,
+    distinct,
+    finish,
+    menu,
+    tooltips,
+)
 from sparse_signals.core.numbers import percent
 
 NAMED_ROLES = ("IO", "S1", "S2", "third", "end")
@@ -100,18 +108,19 @@ def _packed(attention: pd.DataFrame) -> pd.DataFrame:
     weights = (ordered["attention"] * 100).round().astype(int).astype(str)
     table = ordered[["layer", "head", "prompt"]].assign(name=head_names(ordered), packed=weights)
     groups = table.groupby(["layer", "head", "prompt", "name"], as_index=False)
-    return groups["packed"].agg(" ".join)[["name", "prompt", "packed"]]
+    return groups[["packed"]].agg(" ".join)[["name", "prompt", "packed"]]
 
 
 def _choice(field: str, options: list, value: object, label: str) -> alt.Parameter:
     """A selection of one value, by a click on a mark or by a list that the keyboard reaches."""
     return alt.selection_point(
-        name=f"chosen_{field}", fields=[field], value=[{field: value}], on="rect:click",
-        empty=False, clear=False, bind={field: alt.binding_select(options=options, name=label)},
+        name=f"chosen_{field}", fields=[field], on="rect:click", empty=False, clear=False,
+        value=[{field: value}],  # pyright: ignore[reportArgumentType]
+        bind={field: alt.binding_select(options=options, name=label)},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
-def _head_grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> alt.LayerChart:
+def _head_grid(heads: pd.DataFrame, head: alt.Parameter, legend: str) -> Layered:
     """Layers by heads: colour and size of a dot say the same, a frame marks the chosen head."""
     many = heads["layer"].nunique() > 12
     table = heads.assign(size=heads["mean"], back=0)  # another head: back to the last token
@@ -150,13 +159,11 @@ def _unpack(packed: pd.DataFrame, texts: pd.DataFrame, head: alt.Parameter) -> a
 
 
 def _matrix(unpacked: alt.Chart, back: alt.Parameter) -> alt.Chart:
-    order = alt.EncodingSortField("j", op="min")
-    rows = alt.EncodingSortField("i", op="min")
     return (
         unpacked.mark_rect(**CELL, color=BLUE)
         .encode(
-            alt.X("source:N").sort(order).title("source").axis(labelAngle=-60),
-            alt.Y("destination:N").sort(rows).title("destination"),
+            alt.X("source:N").sort(field="j", op="min").title("source").axis(labelAngle=-60),
+            alt.Y("destination:N").sort(field="i", op="min").title("destination"),
             alt.FillOpacity("attention:Q").scale(SHADE).legend(None),
             strokeWidth=alt.condition(back, alt.value(1), alt.value(0)),
             tooltip=["destination:N", "source:N", alt.Tooltip("attention:Q", format=".1%")],
@@ -166,11 +173,11 @@ def _matrix(unpacked: alt.Chart, back: alt.Parameter) -> alt.Chart:
     )
 
 
-def _row(unpacked: alt.Chart, back: alt.Parameter) -> alt.LayerChart:
+def _row(unpacked: alt.Chart, back: alt.Parameter) -> Layered:
     bars = unpacked.transform_filter(back).encode(
         alt.X("attention:Q").scale(domain=[0, 1.1]).axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
         .title("attention from the chosen destination"),
-        alt.Y("source:N").sort(alt.EncodingSortField("j", op="min")).title("source"),
+        alt.Y("source:N").sort(field="j", op="min").title("source"),
     )  # fmt: skip
     values = bars.transform_filter("datum.attention >= 0.005").mark_text(align="left", dx=3)
     values = values.encode(text=alt.Text("attention:Q", format=".0%"))
@@ -237,7 +244,7 @@ def softmax_bars(row: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     """
     best, second = row["score"].nlargest(2)
     weight = np.exp(row["score"] - best)
-    favourite = row.loc[row["score"].idxmax(), "label"]
+    favourite = row["label"].iloc[row["score"].argmax()]
     token = menu("token", list(row["label"]), "Token", start=favourite)
     slider = alt.binding_range(min=-6, max=6, step=0.5, name="Add to its score ")
     extra = alt.param(name="extra", value=0, bind=slider)

@@ -75,8 +75,8 @@ def lay_out(nodes: pd.DataFrame, columns: list[str]) -> Layout:
     words where they fit into the width of a page, and letters where there are too many columns.
     """
     nodes = nodes.sort_values(["strength", "node"], ascending=[False, True])
-    words = nodes["component"].map(lambda name: short(name, NODE_WORDS, "MLP ", "bias "))
-    letters = nodes["component"].map(lambda name: short(name, NODE_LETTERS, "M", "B"))
+    words = nodes["component"].map(lambda name: short(str(name), NODE_WORDS, "MLP ", "bias "))
+    letters = nodes["component"].map(lambda name: short(str(name), NODE_LETTERS, "M", "B"))
     brief = bool(_least_widths(nodes, words, columns).sum() > PLOT - 2 * MARGIN)
     labels = letters if brief else words
     least = _least_widths(nodes, labels, columns)
@@ -115,11 +115,11 @@ def _least_widths(nodes: pd.DataFrame, labels: pd.Series, columns: list[str]) ->
 
 def _rows(nodes: pd.DataFrame, widths: pd.Series) -> pd.DataFrame:
     """Row and offset from the column's centre: boxes fill a row of their cell, then the next."""
-    cells = []
+    cells, room = [], widths.to_dict()
     for (column, _), cell in nodes.groupby(["column", "layer"], sort=False):
         row, used, rows, ends = 0, 0.0, [], []
         for box in cell["box"] + BETWEEN:
-            if used and used + box > widths[column]:
+            if used and used + box > room[column]:
                 row, used = row + 1, 0.0
             used += box
             rows.append(row)
@@ -177,8 +177,9 @@ def default_prune(percents: pd.Series) -> int:
     """The whole percentage that leaves about 40 edges; all of them when there are hardly more."""
     if len(percents) <= EDGES_SHOWN * 1.25:
         return int(percents.min())  # one step more drops the weakest
-    kept = pd.Series({least: int((percents >= least).sum()) for least in range(101)})
-    return int((kept[kept > 0] - EDGES_SHOWN).abs().idxmin())
+    kept = {least: int((percents >= least).sum()) for least in range(101)}
+    shown = [least for least in kept if kept[least]]
+    return min(shown, key=lambda least: abs(kept[least] - EDGES_SHOWN))
 
 
 def _nodes(table: pd.DataFrame) -> pd.DataFrame:
@@ -189,12 +190,12 @@ def _nodes(table: pd.DataFrame) -> pd.DataFrame:
         ["reader", "downstream", "dest", "down_layer", "percent"],
     ]
     both = pd.concat([table[end].set_axis(names, axis=1) for end in ends])
-    return both.groupby(names[:-1], as_index=False)["strength"].max()
+    return both.groupby(names[:-1], as_index=False)[["strength"]].max()
 
 
 def _selections() -> list[alt.Parameter]:
     """Nodes that are pinned, and the node that is pointed at."""
-    pick = {"fields": ["node"], "empty": False}
+    pick: dict[str, Any] = {"fields": ["node"], "empty": False}
     return [
         alt.selection_point(name="pinned", on=CLICK, clear=NOTHING, **pick),
         alt.selection_point(name="hover", on=OVER, clear=OUT, **pick),
@@ -215,10 +216,9 @@ def _axes(layout: Layout, title: str) -> Axes:
     """Properties of both position channels: scales in pixels, names at the places of the layout."""
     layers = {at: _layer_name(layer) for layer, at in layout.bands.items()}
     columns = {at: name for name, at in layout.columns.items()}
-    free = {"labelOverlap": False, "grid": False}
-    x = alt.Axis(values=list(columns), labelExpr=_name_at(columns), **free)
+    x = alt.Axis(values=list(columns), labelExpr=_name_at(columns), labelOverlap=False, grid=False)
     x = alt.Axis(**x.to_dict(), labelAngle=-50) if _crowded(layout) else x
-    y = alt.Axis(values=list(layers), labelExpr=_name_at(layers), **free | {"grid": True})
+    y = alt.Axis(values=list(layers), labelExpr=_name_at(layers), labelOverlap=False, grid=True)
     across, up = (alt.Scale(domain=[0, size], nice=False) for size in (layout.width, layout.height))
     return {"title": title, "axis": x, "scale": across}, {"title": "layer", "axis": y, "scale": up}
 
@@ -324,7 +324,7 @@ def _touched(data: pd.DataFrame, layout: Layout) -> alt.Chart:
 
 def _boxes(nodes: alt.Chart, axes: Axes) -> list[alt.Chart]:
     """The nodes as boxes, and their labels."""
-    shared = {
+    shared: dict[str, Any] = {
         "key": "node:N",  # the drawn node stays the same under the pointer
         "tooltip": ["node:N", alt.Tooltip("edges:Q", title="edges shown"),
                     alt.Tooltip("out:Q", title="of these, it writes")],

@@ -7,6 +7,7 @@ import pandas as pd
 from sparse_signals.charts.style import (
     COLOURS,
     TOKEN_STEP,
+    Layered,
     colour_and_dash,
     colour_and_shape,
     distinct,
@@ -52,7 +53,7 @@ def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
 
 def packed(table: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
     """One row per group, its numbers in one string a column: a tenth of the size in the page."""
-    text = {c: table[c].map(lambda x: f"{round_significant(float(x), 3):.3g}") for c in columns}
+    text = {c: [f"{round_significant(float(x), 3):.3g}" for x in table[c]] for c in columns}
     return table.assign(**text).groupby(by, as_index=False, sort=False)[columns].agg(" ".join)
 
 
@@ -60,8 +61,8 @@ def unpacked(table: pd.DataFrame, columns: list[str]) -> alt.Chart:
     """The chart of a packed table, one row per number again; k counts from 1 in a group."""
     chart = alt.Chart(table).transform_calculate(**{c: f"split(datum.{c}, ' ')" for c in columns})
     numbers = {c: f"toNumber(datum.{c})" for c in columns}
-    chart = chart.transform_flatten(columns).transform_calculate(**numbers)
-    keys = [name for name in table if name not in columns]
+    chart = chart.transform_flatten([*columns]).transform_calculate(**numbers)
+    keys = table.columns.drop(columns).tolist()
     return chart.transform_window(k="row_number()", groupby=keys)
 
 
@@ -76,7 +77,7 @@ def partial_sums(partial: pd.DataFrame, words: list[str], head: str) -> alt.TopL
     rank = int(partial["K"].max())
     full = partial[partial["K"] == rank].set_index(["dest", "src"])["score"]
     wide = partial.pivot(index=["dest", "src"], columns="K", values="score")
-    off = np.sqrt(wide.sub(full, axis=0).pow(2).sum() / full.pow(2).sum())
+    off = (wide.sub(full, axis=0).pow(2).sum() / full.pow(2).sum()).apply(np.sqrt)
     enough = int(off.index[off <= 0.1][0])
     slider = alt.binding_range(min=1, max=rank, step=1, name="K ")
     k = alt.param(name="K", value=enough, bind=slider)
@@ -112,7 +113,7 @@ def _rebuilt(partial: pd.DataFrame, words: list[str]) -> alt.Chart:
     )
 
 
-def _error(off: pd.Series) -> alt.LayerChart:
+def _error(off: pd.Series) -> Layered:
     table = pd.DataFrame({"K": off.index, "error": off.to_numpy()})
     x = (
         alt.X("K:Q")
@@ -282,7 +283,7 @@ def _bars(side: pd.DataFrame, title: str) -> alt.Chart:
         .mark_bar()
         .encode(
             alt.X("value:Q").scale(domain=[-limit, limit]).title(f"mean coordinate, {title}"),
-            alt.Y("label:N").sort(alt.EncodingSortField("value", order="descending")).title(None),
+            alt.Y("label:N").sort(field="value", order="descending").title(None),
             alt.Color("value:Q").scale(diverging(side["value"])).legend(None),
             tooltip=["label:N", "value:Q", "count:Q"],
         )
@@ -304,7 +305,7 @@ def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMix
     names = list(first["name"])
     chosen = alt.selection_point(
         name="chosen_name", fields=["name"], value=[{"name": start}], on="click", empty=False,
-        bind={"name": alt.binding_select(options=names, name="Head ")},
+        bind={"name": alt.binding_select(options=names, name="Head ")},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     count = first["verdict"].value_counts().reindex(VERDICTS, fill_value=0)
     title = (
@@ -320,7 +321,7 @@ def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMix
     return finish(chart, title, description, digits=3)
 
 
-def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
+def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> Layered:
     many = heads["layer"].nunique() > 12
     columns = ["null", "layer", "head", "name", "ours", "random", "change", "verdict"]
     base = (
@@ -349,7 +350,7 @@ def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart
     )
 
 
-def _spectrum(bands: pd.DataFrame, chosen: alt.Parameter) -> alt.LayerChart:
+def _spectrum(bands: pd.DataFrame, chosen: alt.Parameter) -> Layered:
     values = ["sigma", "low", "high"]
     base = (
         unpacked(packed(bands, ["null", "name"], values), values)

@@ -266,9 +266,9 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
     first = table[(table["round"] == 1) & (table["measure"] == "returned")]
     said = [
-        f"{row.circuit} ({row.scales}) {round(100 * row.value)}\xa0% "
-        f"[{round(100 * row.low)}, {round(100 * row.high)}]"
-        for row in first.itertuples()
+        f"{row['circuit']} ({row['scales']}) {round(100 * row['value'])}\xa0% "
+        f"[{round(100 * row['low'])}, {round(100 * row['high'])}]"
+        for row in first.to_dict("records")
     ]
     return finish(
         chart,

@@ -1,6 +1,7 @@
 """Charts of the appendix: what is planted, and where the planted heads look."""
 
 from math import floor
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -11,6 +12,7 @@ from sparse_signals.charts.style import (
     HIGHLIGHT,
     SIDE_WORDS,
     WIDTH,
+    Layered,
     distinct,
     finish,
     menu,
@@ -71,7 +73,7 @@ def _planted_nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
     ]
     nodes = pd.concat(ends).drop_duplicates().reset_index(drop=True)
     nodes["decoy"] = nodes["decoy"].eq(True)
-    nodes["y"] = nodes["name"].map(lambda name: int(name[0]) if name[0].isdigit() else -1)
+    nodes["y"] = nodes["name"].map(lambda name: int(str(name)[0]) if str(name)[0].isdigit() else -1)
     order = ["circuit", "y", "role", "decoy", "name"]
     nodes = nodes.sort_values(order).reset_index(drop=True)
     offset = nodes.groupby(["circuit", "y", "role"]).cumcount()  # the first stands in its column
@@ -80,27 +82,29 @@ def _planted_nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
 
 
 def _arrows(edges: pd.DataFrame, nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
-    places = nodes.set_index(["circuit", "name", "role"])[["x", "y"]]
+    keys = nodes[["circuit", "name", "role"]].itertuples(index=False, name=None)
+    places = dict(zip(keys, zip(nodes["x"], nodes["y"], strict=True), strict=True))
+    ends = edges[["circuit", "upstream", "role", "reader", "at", "side"]]
     rows = []
-    for n, edge in enumerate(edges.itertuples()):
-        x0, y0 = places.loc[(edge.circuit, edge.upstream, edge.role)]
-        x1, y1 = places.loc[(edge.circuit, edge.reader, edge.at)]
-        passes = edge.role == edge.at and edge.upstream[0].isdigit() and y1 - y0 > 1
+    for n, edge in enumerate(ends.itertuples(index=False, name=None)):
+        circuit, writer, role, reader, at, side = edge
+        x0, y0 = places[circuit, writer, role]
+        x1, y1 = places[circuit, reader, at]
+        passes = role == at and writer[0].isdigit() and y1 - y0 > 1
         bend = 0.35 if passes else 0.0
         points = [(x0, y0 + HALF_Y), ((x0 + x1) / 2 + bend, (y0 + y1) / 2), (x1, y1 - HALF_Y)]
-        ends = (
-            f"{edge.upstream} at {edge.role}",
-            f"{edge.reader} at {edge.at}",
-            SIDE_WORDS[edge.side],
-        )
-        rows += [(edge.circuit, n, k, *ends, *point) for k, point in enumerate(points)]
+        words = (f"{writer} at {role}", f"{reader} at {at}", SIDE_WORDS[side])
+        rows += [(circuit, n, k, *words, *point) for k, point in enumerate(points)]
     names = ["circuit", "edge", "step", "writer", "reader", "side", "x", "y"]
-    side = {"title": "writes at the reader's", "legend": alt.Legend(orient="top", symbolSize=400)}
+    look: dict[str, Any] = {
+        "title": "writes at the reader's",
+        "legend": alt.Legend(orient="top", symbolSize=400),
+    }
     table = pd.DataFrame(rows, columns=names)
     lines = alt.Chart(table).transform_filter(THIS_CIRCUIT)
     return lines.mark_line(interpolate="catmull-rom", strokeWidth=2).encode(
-        x, y, alt.Detail("edge:N"), alt.Order("step:Q"), alt.Color("side:N", **side),
-        alt.StrokeDash("side:N", scale=alt.Scale(range=[[1, 0], [5, 3]]), **side),
+        x, y, alt.Detail("edge:N"), alt.Order("step:Q"), alt.Color("side:N", **look),
+        alt.StrokeDash("side:N", scale=alt.Scale(range=[[1, 0], [5, 3]]), **look),
         tooltip=["writer:N", "reader:N", "side:N"],
     )  # fmt: skip
 
@@ -112,15 +116,16 @@ def _planted_boxes(nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
         part=nodes["decoy"].map({True: "a decoy", False: "of the circuit"}),
     )  # fmt: skip
     base = alt.Chart(table).transform_filter(THIS_CIRCUIT)
+    looks: dict[str, dict[str, Any]] = {
+        "!datum.decoy": {"fill": NODE},
+        "datum.decoy": {"fill": "transparent", "strokeWidth": 1.5, "strokeDash": [3, 2]},
+    }
     boxes = [
         base.transform_filter(which).mark_rect(cornerRadius=4, stroke=NODE, **look).encode(
             alt.X("left:Q"), alt.X2("right:Q"), alt.Y("low:Q"), alt.Y2("high:Q"),
             tooltip=["name:N", "role:N", "part:N"],
         )
-        for which, look in (
-            ("!datum.decoy", {"fill": NODE}),
-            ("datum.decoy", {"fill": "transparent", "strokeWidth": 1.5, "strokeDash": [3, 2]}),
-        )
+        for which, look in looks.items()
     ]  # fmt: skip
     labels = base.mark_text(fontSize=11).encode(
         x, y, text="label:N",
@@ -139,9 +144,9 @@ def attention_squares(table: pd.DataFrame) -> alt.TopLevelMixin:
     least = table.loc[table["planted"], "attention"].min()
     table = table.assign(attention=table["attention"].round(3))
     base = alt.Chart(table).transform_filter("datum.head === shown").encode(
-        alt.X("source:N").sort(alt.EncodingSortField("src", op="min")).title("source")
+        alt.X("source:N").sort(field="src", op="min").title("source")
         .axis(labelAngle=-50),
-        alt.Y("target:N").sort(alt.EncodingSortField("dest", op="min")).title("destination"),
+        alt.Y("target:N").sort(field="dest", op="min").title("destination"),
         tooltip=["target:N", "source:N", alt.Tooltip("attention:Q", format=".1%")],
     )  # fmt: skip
     cells = base.mark_rect(color=COLOURS[0], stroke="currentColor", strokeWidth=0.15).encode(
@@ -185,7 +190,7 @@ def scoreboard(table: pd.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-def _board(table: pd.DataFrame, rate: str, methods: list[str]) -> alt.LayerChart:
+def _board(table: pd.DataFrame, rate: str, methods: list[str]) -> Layered:
     tips = tooltips(rate, f"{rate}_low", f"{rate}_high", form=".2f")
     base = alt.Chart(table).transform_filter("datum.edges === counted").encode(
         alt.Y("method:N").title(None).sort(methods),
@@ -237,16 +242,15 @@ def _one_of(methods: list[str]) -> alt.Parameter:
     labels = ["all methods", *methods]
     listed = alt.binding_select(options=[None, *methods], labels=labels, name="Show ")
     return alt.selection_point(
-        name="only", fields=["method"], on="click", clear="dblclick", bind={"method": listed}
-    )
+        name="only", fields=["method"], on="click", clear="dblclick",
+        bind={"method": listed},  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
 
 
-def _rate(
-    filtered: alt.Chart, rate: str, methods: list[str], only: alt.Parameter
-) -> alt.LayerChart:
+def _rate(filtered: alt.Chart, rate: str, methods: list[str], only: alt.Parameter) -> Layered:
     lit = alt.condition(only, alt.value(1), alt.value(0.12))
     legend = alt.Legend(orient="top", columns=3, symbolSize=400, symbolType="stroke")
-    shared = {"legend": None if rate == "recall" else legend, "title": None}
+    shared: dict[str, Any] = {"legend": None if rate == "recall" else legend, "title": None}
     scale = {"scale": alt.Scale(domain=methods), **shared}
     # lines that agree lie on each other: the first is wide, so that the others show on it
     width = alt.condition(f"datum.method === '{methods[0]}'", alt.value(6), alt.value(2.2))
@@ -271,7 +275,7 @@ def _noise_axis(title: str | None = None, labels: bool = True) -> alt.X:
     return alt.X("noise:Q", title=title, axis=axis, scale=alt.Scale(nice=False, padding=16))
 
 
-def _fate_bars(fates: pd.DataFrame) -> alt.LayerChart:
+def _fate_bars(fates: pd.DataFrame) -> Layered:
     table = fates.assign(order=fates["fate"].map(list(FATE_COLOURS).index))
     scale = alt.Scale(domain=list(FATE_COLOURS), range=list(FATE_COLOURS.values()))
     base = alt.Chart(table).transform_filter(THIS_CIRCUIT)
@@ -310,7 +314,7 @@ def cut_curves(table: pd.DataFrame, noise: float, usual: float = 0.7) -> alt.Top
     `table`: circuit, method, share, precision, recall, all at one level of noise.
     """
     names, methods = (distinct(table[c]) for c in ("circuit", "method"))
-    scale = {"scale": alt.Scale(domain=methods), "title": None}
+    scale: dict[str, Any] = {"scale": alt.Scale(domain=methods), "title": None}
     base = alt.Chart(table).transform_filter(THIS_CIRCUIT).encode(
         alt.X("recall:Q").scale(zero=False, padding=12).title("recall (all edges)"),
         alt.Y("precision:Q").scale(zero=False, padding=12).title("precision (all edges)"),

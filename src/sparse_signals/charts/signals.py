@@ -40,7 +40,7 @@ def slice_bars(table: pd.DataFrame) -> alt.TopLevelMixin:
     chart = (bars + line.encode(y="total:Q") + rule).properties(width=250, height=220)
     counts = " and ".join(f"{size.get(name, 0)} of {table['k'].nunique()}" for name in score.index)
     return finish(
-        chart.facet(alt.Column("pair:N").title(None).sort(list(score.index)), columns=2),
+        chart.facet(alt.Facet("pair:N").title(None).sort(list(score.index)), columns=2),
         f"The published support takes {counts} slices: first the firing pair, then the silent one",
         "Two bar charts. Slices of one firing pair and of one silent pair, sorted in descending "
         "order, with their running sum as a line and the score as a dashed rule. Slices in the "
@@ -55,7 +55,8 @@ def score_explorer(table: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     labels and weights (per token), slices and chosen (per singular pair). It opens on `head` at
     the last token of the first prompt.
     """
-    table = table.assign(chosen=[["01"[int(x)] for x in row] for row in table["chosen"]])
+    chosen = [["01"[int(x)] for x in row] for row in table["chosen"]]
+    table = table.assign(chosen=pd.Series(chosen, table.index))
     lists = ("labels", "weights", "slices", "chosen")
     packed = {name: [SEPARATOR.join(map(_short, row)) for row in table[name]] for name in lists}
     table = table[["prompt", "name", "dest", "src"]].assign(**packed)  # a tenth of the size
@@ -136,7 +137,10 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
 def _chosen_head(heads: list[str]) -> alt.Parameter:
     """One head, chosen by a click or by a menu."""
     menu = {"name": alt.binding_select(options=heads, name="head ")}
-    return alt.selection_point(fields=["name"], value=heads[0], empty=False, on="click", bind=menu)
+    return alt.selection_point(
+        fields=["name"], value=heads[0], empty=False, on="click",
+        bind=menu,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
 
 
 def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:

@@ -33,6 +33,7 @@ INK = "currentColor"  # the text colour of the page, so that dark mode needs no 
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 TOKEN_STEP = 13  # pixels a token in lists and matrices: twenty tokens fit on a phone
 SIDE_WORDS = {"dest": "destination", "src": "source"}
+Layered = alt.LayerChart | alt.FacetChart  # by its types, `alt.layer` may return either
 DIGITS = 4  # significant digits of a chart's numbers
 AUTOMATIC = re.compile(r"\b(param|view|data)[_-](?:[0-9a-f]{16,32}(?:_\d+)?|\d+)\b")
 
@@ -43,7 +44,7 @@ def theme() -> alt.theme.ThemeConfig:
     text = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12}
     lines = {"domainColor": INK, "tickColor": INK, "gridColor": INK, "gridOpacity": 0.15}
     title = {"color": INK, "subtitleColor": INK, "fontSize": 14, "subtitleFontSize": 12}
-    return {
+    return {  # pyright: ignore[reportReturnType]  # Vega-Lite takes null, Altair's types do not
         "config": {
             "font": FONT,
             "background": None,
@@ -101,9 +102,9 @@ def menu(
     value = next(iter(options)) if start is None else start
     if len(options) == 1:  # nothing to choose
         return alt.param(name=name, value=value)
-    labels = {"labels": list(options.values())} if isinstance(options, Mapping) else {}
+    labels = list(options.values()) if isinstance(options, Mapping) else alt.Undefined
     binding = alt.binding_radio if radio else alt.binding_select
-    bind = binding(options=list(options), name=f"{label or name} ", **labels)
+    bind = binding(options=list(options), name=f"{label or name} ", labels=labels)
     return alt.param(name=name, value=value, bind=bind)
 
 
@@ -126,7 +127,7 @@ def finish(
     """
     if not title.strip() or not description.strip():
         raise ValueError("a chart needs a title that states the finding, and a description")
-    heading = {"text": textwrap.wrap(title, 70)}
+    heading: dict[str, Any] = {"text": textwrap.wrap(title, 70)}
     if subtitle:
         heading["subtitle"] = textwrap.wrap(subtitle, 85)
     for part in _parts(chart):
@@ -151,7 +152,7 @@ def inline(data: pd.DataFrame) -> dict[str, Any]:
     return alt.to_values(rounded(data, data.attrs.get("digits", DIGITS)))
 
 
-alt.data_transformers.register("book", inline)
+alt.data_transformers.register("book", inline)  # pyright: ignore[reportArgumentType]
 
 
 def canonical(spec: dict[str, Any]) -> dict[str, Any]:

@@ -40,11 +40,10 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     shown = _with_sides(table[rank <= most]).assign(size=size)
     shown["edge"] = shown["kept"].map({True: "yes", False: "no"})
     kinds = ["the support", "all slices"]
-    order = alt.EncodingSortField("size", op="max", order="descending")
     pick = _side_of()
     bars = alt.Chart(shown).transform_filter(pick).mark_bar().encode(
         alt.X("weight:Q").title("contribution, softmax units"),
-        alt.Y("component:N").title(None).sort(order),
+        alt.Y("component:N").title(None).sort(field="size", op="max", order="descending"),
         alt.YOffset("slices:N").sort(kinds),
         alt.Color("slices:N").title("counted over").scale(domain=kinds),
         alt.Opacity("edge:O").title("kept as an edge").scale(domain=["yes", "no"], range=[1, 0.4]),
@@ -75,7 +74,7 @@ def _side_of() -> alt.Parameter:
     sides = [f"{word} side" for word in SIDE_WORDS.values()]
     return alt.selection_point(
         fields=["side"], value=sides[0], empty=False, on="click",
-        bind={"side": alt.binding_radio(options=sides, name="side ")},
+        bind={"side": alt.binding_radio(options=sides, name="side ")},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
@@ -171,11 +170,11 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     """
     size = table["share"].abs().groupby(table["component"]).transform("max")
     shown = table.assign(size=size)[size.rank(method="dense", ascending=False) <= most]
-    order = alt.EncodingSortField("size", op="max", order="descending")
     questions, slices = (distinct(table[c]) for c in ("question", "slices"))
     pick = menu("slices", slices, "counted over", radio=True)
     base = alt.Chart(shown).transform_filter("datum.slices == slices").encode(
-        alt.Y("component:N").title(None).sort(order), alt.YOffset("question:N").sort(questions)
+        alt.Y("component:N").title(None).sort(field="size", op="max", order="descending"),
+        alt.YOffset("question:N").sort(questions),
     )  # fmt: skip
     colour = alt.Color("question:N").title("question").scale(domain=questions)
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
@@ -305,6 +304,6 @@ def _named_ends(
 
 def _named(table: pd.DataFrame, by: str) -> str:
     """The largest edge in words, with its percentage."""
-    edge = table.loc[table[by].idxmax()]
+    edge = table.iloc[table[by].argmax()]
     share = edge[by] / 100 if by == "percent" else edge[by]
     return f"{edge['writer']} → {edge['reader']} ({percent(share)})"

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sparse_signals.core.names import MODEL_NAMES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GPT2_SMALL = ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e")
 GPT2_SMALL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -61,7 +64,7 @@ def find_checkpoint(name: str) -> Path:
     if name == "gpt2-small":
         return _gpt2_small()
     if name == "gpt2-ioi":
-        directory = files("sparse_signals") / "assets" / "gpt2-ioi"
+        directory = Path(str(files("sparse_signals"))) / "assets" / "gpt2-ioi"
         if not (directory / "config.json").exists():
             raise ModelError("gpt2-ioi is not there: run `python scripts/train_gpt2_ioi.py`")
         return directory
@@ -106,7 +109,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
     """Model (eager attention, on the CPU) and tokenizer, None without tokenizer files.
 
     Only safetensors are read, no code from the directory is run and nothing is downloaded.

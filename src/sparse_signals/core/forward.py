@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_signals.core.model import Model, logits, once_per_model, qk_weights
 from sparse_signals.core.prompts import Batch
@@ -56,7 +56,7 @@ def norm_scale(model: Model, x: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
 
 def normalise(
     model: Model,
-    norm: nn.Module,
+    norm: Any,  # a part of the bridge, whose weights are found by name
     x: Float[Tensor, "... d"],
     scale: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "... d"]:
@@ -236,6 +236,7 @@ class _Stream:
 
     def mixed(self, *gates: Float[Tensor, "row input component"]) -> Tensor:
         """What inputs read: the old stream, and as much of every gap as the gates let through."""
+        assert self.gates is not None
         self.gaps.append(torch.cat(self.new, dim=2))
         self.new = []
         if len(self.gaps) > PIECES:
@@ -293,8 +294,9 @@ def forward(
         x = stream.mixed(gates.out.unsqueeze(1)).squeeze(2)
     x = x[torch.arange(len(x), device=x.device), batch.last.to(x.device)]
     out_scale = norm_scale(model, x) if like is None else like.out
-    *each, scale, mlp_scale = (torch.stack(values) for values in zip(*kept, strict=True))
-    run = Run(model, batch, *each, scale, removed=removed)
+    each = [torch.stack(values) for values in zip(*kept, strict=True)]
+    q, k, v, z, pattern, mlp, scale, mlp_scale = each
+    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed)
     return Pass(run, Scales(scale, mlp_scale, out_scale), read_out(model, x, answers, out_scale))
 
 

@@ -9,17 +9,20 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sparse_signals.core.checkpoints import ModelError, find_checkpoint, one_line, read_checkpoint
 from sparse_signals.core.names import HUB_MODELS, MODEL_NAMES, chosen_model
 from sparse_signals.core.smollm2 import load_smollm2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -210,9 +213,9 @@ def _load(name: str, device: str | torch.device | None, dtype: torch.dtype) -> M
     else:
         directory = find_checkpoint(name)
         hf_model, tokenizer = read_checkpoint(directory, dtype)
-    if name not in MODEL_NAMES:
-        name = directory.resolve().name
-    hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        name = name if name in MODEL_NAMES else directory.resolve().name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    hf_model = hf_model.to(device).eval()  # pyright: ignore[reportArgumentType]
     places = torch.arange(min(TRIED, _window(hf_model.config)), device=hf_model.device)
     tokens = (places % hf_model.config.vocab_size).repeat(len(places), 1)
     with torch.no_grad():
@@ -224,7 +227,7 @@ def _load(name: str, device: str | torch.device | None, dtype: torch.dtype) -> M
     return model
 
 
-def wrap_model(hf_model: nn.Module, name: str, tokenizer: Any = None) -> Model:
+def wrap_model(hf_model: "PreTrainedModel", name: str, tokenizer: Any = None) -> Model:
     """A transformers model that is in memory already (eager attention), where it is."""
     return _bridge(hf_model.eval(), tokenizer, name)
 
@@ -242,7 +245,7 @@ def _window(config: Any) -> int:
     return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31)
 
 
-def _bridge(hf_model: nn.Module, tokenizer: Any, name: str) -> Model:
+def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     config = hf_model.config
@@ -374,13 +377,14 @@ def qk_weights(model: Model) -> QKWeights:
 
     gain = stack([block.ln1.w for block in blocks])
     shifts = [getattr(block.ln1, "b", None) for block in blocks]
+    shifts = [shift for shift in shifts if shift is not None]
     return QKWeights(
         W_Q=stack([block.attn.W_Q for block in blocks]),
         b_Q=biases("b_Q", model.n_heads),
         W_K=stack([block.attn.W_K for block in blocks]).repeat_interleave(groups, dim=1),
         b_K=biases("b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
         gain=gain,
-        shift=torch.zeros_like(gain) if shifts[0] is None else stack(shifts),
+        shift=stack(shifts) if shifts else torch.zeros_like(gain),
         divisor=model.divisor,
         centred=not blocks[0].ln1.uses_rms_norm,
     )

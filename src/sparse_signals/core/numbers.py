@@ -53,7 +53,7 @@ def round_significant(value: Any, digits: int = 4) -> Any:
 
 def rounded(table: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
     """The table with every float at `digits` significant digits: what is published of it."""
-    floats = table.select_dtypes("floating").columns
+    floats = table.select_dtypes(np.floating).columns
     return table.assign(**{name: table[name].map(lambda x: round_significant(x, digits))
                            for name in floats})  # fmt: skip
 

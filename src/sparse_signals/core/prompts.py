@@ -295,7 +295,7 @@ def _token_ids(text: str, model: Model, place: str) -> list[int]:
     ids = _plain_ids(text, tokenizer)
     unknown, unknowns = tokenizer.unk_token_id, ids.count(tokenizer.unk_token_id)
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        unknowns -= text.count(tokenizer.unk_token or "\0")  # it may be meant, as a special token
+        unknowns -= text.count(str(tokenizer.unk_token or "\0"))  # it may be meant, as a special token
     if unknowns:
         raise PromptError(f"{place}{_unknown(text, tokenizer)}")
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -321,7 +321,7 @@ def _unknown(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     def known(part: str) -> bool:
         return tokenizer.unk_token_id not in _plain_ids(part, tokenizer)
 
-    if tokenizer.unk_token in text:
+    if str(tokenizer.unk_token) in text:
         return f"{tokenizer.unk_token} is a special token, no word: leave it out"
     words = re.findall(r"\w+|[^\w\s]+", text)
     if unknown := [word for word in words if not (known(word) or known(f" {word}"))]:
@@ -358,7 +358,7 @@ def _pad(
     rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", words: int
 ) -> tuple[Int[Tensor, "prompt pos"], Bool[Tensor, "prompt pos"]]:
     fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    filler = next(x for x in fillers if x is not None and x < words)  # one may have been added
+    filler = next(x for x in fillers if isinstance(x, int) and x < words)  # one may have been added
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tokens = torch.full(mask.shape, filler)
@@ -453,8 +453,9 @@ def token_roles(batch: Batch) -> list[list[str]]:
     names = [[INTACT] * batch.tokens.shape[1] for _ in range(len(batch.tokens))]
     table = roles_of(batch)
     table["role"] = table["role"].str.replace("third", "S2")
-    joined = table.groupby(["prompt", "pos"])["role"].agg(lambda x: ", ".join(sorted(x)))
-    for (prompt, pos), role in joined[joined.index.get_level_values("pos") > 0].items():
+    groups = table.groupby(["prompt", "pos"], as_index=False)[["role"]]
+    joined = groups.agg(lambda x: ", ".join(sorted(x)))
+    for prompt, pos, role in joined[joined["pos"] > 0].itertuples(index=False, name=None):
         names[prompt][pos] = role
     return names
 

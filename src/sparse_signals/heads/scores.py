@@ -80,7 +80,7 @@ def pair_shares(
     bootstrap samples of the prompts.
     """
     left, total = (t.cpu() for t in additive_fit(scores, mask, first))
-    by_prompt, weights = (pd.DataFrame(t.transpose(0, 1).flatten(1)) for t in (left, total))
+    by_prompt, weights = (pd.DataFrame(t.transpose(0, 1).flatten(1).numpy()) for t in (left, total))
     found = bootstrap(by_prompt, np.arange(len(by_prompt)), weights, draws, seed)
     heads = pd.MultiIndex.from_product([range(len(left)), range(left.shape[2])])
     table = heads.to_frame(index=False, name=["layer", "head"])

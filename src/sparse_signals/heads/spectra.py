@@ -134,7 +134,8 @@ def _head_rows(shape: Sequence[int], columns: dict, names: list[str]) -> pd.Data
 
 def random_flatness(n: int, r: int, draws: int = 200, seed: int = 0) -> pd.DataFrame:
     """Participation ratios ÷ r of Gaussian heads of one shape: measure, low, high (95 %)."""
-    S = random_spectra(QKForms(*torch.zeros(2, 1, 1, n, r), torch.ones(1)), NULLS[0], draws, seed)
+    size = torch.zeros(1, 1, n, r)
+    S = random_spectra(QKForms(size, size, torch.ones(1)), NULLS[0], draws, seed)
     shares = {"σ": participation_ratio(S) / r, "σ²": participation_ratio(S**2) / r}
     rows = [(name, *np.quantile(share.numpy(), [0.025, 0.975])) for name, share in shares.items()]
     return pd.DataFrame(rows, columns=["measure", "low", "high"])

@@ -5,10 +5,11 @@ query, key or value of one head, at one token. `recompute.recompute` says what c
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_signals.core.forward import attention_weights, normalise
 from sparse_signals.core.model import Model, activations, once_per_model
@@ -96,7 +97,7 @@ def attention_layers(model: Model) -> Layers:
     def flat(W: Tensor) -> Tensor:
         return W.movedim(0, 1).flatten(1)
 
-    def bias(attn: nn.Module, name: str, size: int) -> Tensor:
+    def bias(attn: Any, name: str, size: int) -> Tensor:
         found = getattr(attn, name)
         return attn.W_Q.new_zeros(size) if found is None else found.flatten()
 

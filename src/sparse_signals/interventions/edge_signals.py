@@ -152,7 +152,7 @@ def _writes(
     model, device = traced.model, traced.model.device
     layer, prompt, token = (column(edges, x, device) for x in ("layer", "prompt", "token"))
     names = pd.Index(model.components["component"])
-    component = torch.from_numpy(names.get_indexer(edges["upstream"])).to(device)
+    component = torch.from_numpy(names.get_indexer(pd.Index(edges["upstream"]))).to(device)
     in_stream = component < len(names) - 1  # the bias row, the last one, is not
     written = torch.zeros(len(edges), model.d_model, dtype=model.dtype, device=device)
     scale = torch.zeros(len(edges), dtype=torch.float64, device=device)
@@ -167,7 +167,7 @@ def _writes(
 
 
 def _supports(traced: Trace, edges: pd.DataFrame) -> Bool[Tensor, "edge r"]:
-    place = pd.Index(traced.firings["firing"]).get_indexer(edges["firing"])
+    place = pd.Index(traced.firings["firing"]).get_indexer(pd.Index(edges["firing"]))
     vectors = traced.firings["vectors"].iloc[place].tolist()
     chosen = torch.zeros(len(edges), traced.model.d_head, dtype=torch.bool)
     for row, which in zip(chosen, vectors, strict=True):
@@ -208,12 +208,12 @@ def other_signals(signals: Signals, batch: Batch, seed: int = 0) -> Signals:
     names, prompts = _edge_numbers(signals.edges), signals.edges["prompt"].to_numpy()
     place = pd.Index(signals.edges["edge"])
     for labels in group.values():
-        members = place.get_indexer(edges.loc[labels, "edge"])
+        members = place.get_indexer(pd.Index(edges.loc[labels, "edge"]))
         members = members[np.lexsort((names[members], prompts[members]))]
         for edge in members:
             others = members[prompts[members] != prompts[edge]]
             if len(others):
-                rng = np.random.default_rng([seed, prompts[edge], names[edge]])
+                rng = np.random.default_rng([seed, int(prompts[edge]), int(names[edge])])
                 donor[edge] = rng.choice(others)
     of = torch.from_numpy(donor).to(signals.reader)
     found = of >= 0

@@ -5,6 +5,7 @@ with all other edges closed. Methods rank the edges of positive value; curves co
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ def traced_value(board: Switchboard, traced: Trace) -> Gate:
         table["layer"].to_numpy(),
         table["head"].to_numpy(),
         table["side"].map({side: n for n, side in enumerate(SIDES)}).to_numpy(int),
-        names.get_indexer(table["upstream"]),
+        names.get_indexer(pd.Index(table["upstream"])),
     )
     known = places[0] >= 0
     shape = switchable(board).shape
@@ -118,9 +119,9 @@ def head_value(board: Switchboard, seed: int = 0) -> Gate:
     Heads are ordered by |mean direct logit attribution|. An edge comes with the better one of its
     ends, then by the other one; what is left equal is in random order. Source: Wang et al. 2023.
     """
-    model, shares = board.model, 0.0
-    for _, part in runs(model, board.batch, GATED_BYTES):
-        shares = shares + logit_attribution(part)[0].sum(0).cpu()
+    model = board.model
+    pieces = (part for _, part in runs(model, board.batch, GATED_BYTES))
+    shares = reduce(torch.add, (logit_attribution(part)[0].sum(0).cpu() for part in pieces))
     heads = model.is_head.cpu()[:-1]
     place = torch.full((len(heads),), int(heads.sum()))
     place[heads] = shares[:-1][heads].abs().argsort(descending=True).argsort()

@@ -221,14 +221,11 @@ def _input_changes(
         vectors.append(_turned_image(model, signals, delta, layer, other, token))
         vectors.append(by_reader(delta, _value_maps(model), layer, head))
         sites += [Q + K - own, torch.full_like(own, V)]
-    times = len(sites)
-    return Changes(
-        *(x.repeat(times) for x in (row, layer)),
-        torch.cat(sites),
-        *(x.repeat(times) for x in (head, token, torch.ones_like(signals.scale))),
-        torch.arange(times * len(row), device=row.device),
-        torch.cat(vectors),
+    which = torch.arange(len(sites) * len(row), device=row.device)
+    row, layer, head, token, factor = (
+        x.repeat(len(sites)) for x in (row, layer, head, token, torch.ones_like(signals.scale))
     )
+    return Changes(row, layer, torch.cat(sites), head, token, factor, which, torch.cat(vectors))
 
 
 def _turned_image(

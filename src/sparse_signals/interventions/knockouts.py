@@ -113,7 +113,7 @@ def _take(
     signals = read_signals(traced, edges[traced.edges.columns], run)
     prompt, token = (column(edges, name, removed.device) for name in ("prompt", "token"))
     names = pd.Index(run.model.components["component"])
-    component = torch.tensor(names.get_indexer(edges["upstream"]), device=removed.device)
+    component = torch.tensor(names.get_indexer(pd.Index(edges["upstream"])), device=removed.device)
     removed.index_put_((prompt, token, component), signals.delta, accumulate=True)
 
 
@@ -128,7 +128,7 @@ def takeover(table: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataF
     table["returned"] = table["score"] - table["expected"]
     table["taken"] = table.groupby(["prompt", "src"])["carried"].shift()
     table, parts = table.fillna({"product": 0.0, "returned": 0.0, "taken": 0.0}), []
-    for number, group in table.groupby("round"):
+    for number, group in table.groupby(table["round"]):
         measures = ["F", "score", "attention", "product"]
         weights = pd.DataFrame(1.0, group.index, measures)
         if number > 0 and group["taken"].sum() > 0:

@@ -99,7 +99,7 @@ def common_heads(traced: Trace, names: Sequence[str], n: int = 2) -> list[str]:
     """The n heads that all of some roots hear at `end`, by the smallest weight they have there."""
     edges = traced.edges[_into_roots(traced) & (traced.edges["side"] == "dest")]
     edges = edges[edges["downstream"].isin(names) & (edges["kind"] == "head")]
-    sums = edges.groupby(["upstream", "downstream"])["weight"].sum().unstack(fill_value=0.0)
+    sums = edges.groupby(["upstream", "downstream"])["weight"].sum().unstack(fill_value=0)
     least = sums.reindex(columns=list(names), fill_value=0.0).min(axis=1)
     return least.sort_values(ascending=False, kind="stable").index[:n].tolist()
 
@@ -107,7 +107,7 @@ def common_heads(traced: Trace, names: Sequence[str], n: int = 2) -> list[str]:
 def first_heads(traced: Trace, n: int = 2) -> list[str]:
     """The n heads of the lowest layer with two in the trace that write most into it."""
     edges = traced.edges[traced.edges["kind"] == "head"]
-    sums = edges.groupby(["upstream", "up_layer"], as_index=False)["weight"].sum()
+    sums = edges.groupby(["upstream", "up_layer"], as_index=False)[["weight"]].sum()
     sums = sums.sort_values("weight", ascending=False, kind="stable")
     enough = sums["up_layer"].value_counts().sort_index()
     return sums.loc[sums["up_layer"] == enough.index[enough >= n][0], "upstream"][:n].tolist()
@@ -155,7 +155,7 @@ def joint_of_sets(case: Case, first: pd.Series, second: pd.Series, scope: str) -
     found = joint_effect(case.clean, pair, how)
     lost = losses(case.clean, pair, np.array([1]), how).mean()
     changes = {"first": -lost, "second": lost - found["summed"], "together": -found["joint"]}
-    return changes | found.to_dict()
+    return changes | {str(name): value for name, value in found.items()}
 
 
 def joint_experiments(case: Case) -> pd.DataFrame:

@@ -8,6 +8,7 @@ rows that have started; attention, for rows of one shape at a time.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +41,8 @@ WAVE = 8192  # tokens recomputed from the first layer to the last before others 
 KEYS = 32768  # keys gathered at once, counting those of earlier tokens
 Stream = Float[Tensor, "_ _ _"]  # row, token, d
 zip_ = partial(zip, strict=True)
+Entries = TypeVar("Entries", Changes, Probes)
+Shape = tuple[int, int, int, int]  # first layer and site, tokens, and those of them changed
 
 
 @dataclass(frozen=True)
@@ -217,9 +220,10 @@ def recompute(
             local = torch.full_like(prompt, -1)
             local[rows] = torch.arange(len(rows), device=local.device)
             which = (local[probes.row] >= 0).nonzero().flatten()
-            parts = (_localised(entries, local) for entries in (stream, inputs, probes))
-            scores = found[which].unbind(1)
-            groups.append(Rows(clean, prompt[rows], *kind, *parts, which, *scores))
+            parts = _localised(stream, local), _localised(inputs, local), _localised(probes, local)
+            score, attention = found[which].unbind(1)
+            here = clean, prompt[rows], *kind
+            groups.append(Rows(*here, *parts, which, score, attention))
         x = _run_groups(groups, freeze_norms)
         of = torch.cat([rows for rows, _ in wave])
         at = prompt[of]
@@ -269,14 +273,14 @@ def _shapes(
 
 def _waves(
     shape: Int[Tensor, "row 4"], width: int
-) -> Iterator[list[tuple[Int[Tensor, "group"], list[int]]]]:
+) -> Iterator[list[tuple[Int[Tensor, "group"], Shape]]]:
     """Groups of rows of one shape, in the order of their first layer, `WAVE` tokens at a time."""
     shapes, of = torch.unique(shape, dim=0, return_inverse=True)
     order, counts = of.argsort(stable=True), torch.bincount(of, minlength=len(shapes))
     wave, tokens = [], 0
     for rows, kind in zip(order.split(counts.tolist()), shapes.tolist(), strict=True):
         for group in rows.split(max(1, min(TOKENS // kind[2], KEYS // width))):
-            wave.append((group, kind))
+            wave.append((group, tuple(kind)))
             tokens += len(group) * kind[2]
             if tokens >= WAVE:
                 yield wave
@@ -285,7 +289,7 @@ def _waves(
         yield wave
 
 
-def _localised(entries: Changes | Probes, local: Int[Tensor, "row"]) -> Changes | Probes:
+def _localised(entries: Entries, local: Int[Tensor, "row"]) -> Entries:
     row = local[entries.row]
     return replace(entries[row >= 0], row=row[row >= 0])
 

@@ -224,9 +224,8 @@ def _batch(circuit: Planting, rng: random.Random, prompts: int) -> Batch:
     rows = pd.DataFrame([circuit.draw(rng, n) for n in range(prompts)])
     labels = [[START, *words] for words in rows.pop("words")]
     rows.insert(0, "text", [" ".join(words[1:]) for words in labels])
-    roles = {
-        role: torch.tensor(x.tolist()) for role, x in pd.DataFrame([*rows.pop("roles")]).items()
-    }
+    each = pd.DataFrame([*rows.pop("roles")])
+    roles = {str(role): torch.tensor(x.tolist()) for role, x in each.items()}
     number = {word: token for token, word in enumerate(circuit.vocabulary)}
     ids = [torch.tensor([number[word] for word in words]) for words in labels]
     tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_signals.core.model import head_name, logits
 from sparse_signals.core.run import Run, run
+from sparse_signals.core.stats import tidy
 from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, Planted, planted, recovery
 from sparse_signals.signals.firings import Pairs, find_firings
 from sparse_signals.signals.slices import coordinates
@@ -200,8 +201,8 @@ def fate_shares(ends: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     groups = ends.groupby(list(by), sort=False)
     counts = groups[list(FATES)].sum()
     table = counts.div(counts.sum(axis=1), axis=0).assign(accuracy=groups["accuracy"].mean())
-    names = {"var_name": "fate", "value_name": "share"}
-    return table.reset_index().melt([*by, "accuracy"], list(FATES), **names)
+    table = table.reset_index()
+    return table.melt([*by, "accuracy"], list(FATES), var_name="fate", value_name="share")
 
 
 def with_all(table: pd.DataFrame, name: str = "all four") -> pd.DataFrame:
@@ -234,7 +235,7 @@ def _alive(case: PlantedRun) -> tuple[np.ndarray, np.ndarray]:
     fires = among(truth, case.pairs.table())
     reachable = fires & among(truth, case.planted.roots)
     for _ in range(case.planted.model.n_layers):
-        reachable |= fires & among(ends, leads[reachable], list(ends))
+        reachable |= fires & among(ends, leads[reachable], ["prompt", "head", "at"])
     return fires, reachable
 
 
@@ -263,11 +264,12 @@ def strays(case: PlantedRun, found: pd.DataFrame) -> pd.DataFrame:
     """
     stray = found[~among(found, case.planted.truth, EDGE)]
     table = case.run.model.components.set_index("component")
-    rows = pd.Index(_tuples(case.pairs.table(), FIRING)).get_indexer(_tuples(stray, FIRING))
+    firings, readers = (pd.Index(_tuples(x, FIRING)) for x in (case.pairs.table(), stray))
     side = stray["side"].map(SIDES.index).to_numpy(dtype=np.int64)
     values = _whole_score(case).values
     values = (values / values.sum(-1, keepdim=True)).numpy()
-    whole = values[rows, side, table.index.get_indexer(stray["upstream"])]
+    writers = table.index.get_indexer(pd.Index(stray["upstream"]))
+    whole = values[firings.get_indexer(readers), side, writers]
     sender = stray["upstream"].map(table["kind"])
     return stray.assign(sender=sender, whole=whole)[["sender", "share", "whole"]]
 
@@ -308,10 +310,10 @@ def drawn_attention(case: PlantedRun) -> pd.DataFrame:
     labels = [f"{pos} {word}" for pos, word in enumerate(case.planted.batch.labels[0])]
     rows = case.planted.truth[case.planted.truth["prompt"] == 0]
     parts = []
-    for (layer, head), pairs in rows.groupby(["layer", "head"]):
-        weights = case.run.pattern[layer, 0, head]
-        table = pd.DataFrame(weights[: len(labels), : len(labels)].numpy()).stack()
-        table = table.rename("attention").rename_axis(["dest", "src"]).reset_index()
+    for _, pairs in rows.groupby(["layer", "head"]):
+        layer, head = pairs[["layer", "head"]].iloc[0]
+        weights = case.run.pattern[layer, 0, head, : len(labels), : len(labels)]
+        table = tidy(weights, ["dest", "src"], "attention")
         table["planted"] = among(table, pairs, ["dest", "src"])
         table = table[table["src"] <= table["dest"]]
         parts.append(table.assign(head=f"{case.planted.name} {layer}.{head}"))

@@ -4,6 +4,8 @@ Each null keeps the scores of the pairs and destroys one thing that could make t
 """
 
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,7 @@ def rotation_sparsity(coords: Coordinates, repeats: int = 20, seed: int = 0) -> 
     """Sparsity measures of every pair, averaged over random rotations of its slices."""
     rank = coords.dest.shape[-1]
     turns = (random_rotation(rank, seed + n) for n in range(repeats))
-    return sum(sparsity(rotated(coords, turn).slices) for turn in turns) / repeats
+    return reduce(add, (sparsity(rotated(coords, turn).slices) for turn in turns)) / repeats
 
 
 def whitened(coords: Coordinates, model: Model, pairs: Pairs) -> Coordinates:

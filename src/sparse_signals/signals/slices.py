@@ -124,18 +124,22 @@ def by_head(
     return grouped_matmul(x, maps.to(x.device).flatten(0, 1), head)
 
 
-def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tensor, "pair r"]:
+def support(
+    slices: Float[Tensor, "pair r"], fraction: float | None = 1.0
+) -> Bool[Tensor, "pair r"]:
     """The slices that make a head fire: the smallest set of largest ones exceeding f·a_ij.
 
     Slices are sorted in descending order (equal ones keep their order) and taken until their sum
     exceeds f·Σp; negative slices are outvoted, never chosen. If nothing is negative, all positive
     slices are taken. For a negative score the mirror image. Sums that differ by rounding count
-    as equal. Source: Franco and Crovella 2024, section 4.
+    as equal. With f None, every slice. Source: Franco and Crovella 2024, section 4.
 
     >>> import torch
     >>> support(torch.tensor([[5.0, 3.0, -1.0, -2.0]])).tolist()  # 5 does not exceed 5, 5 + 3 does
     [[True, True, False, False]]
     """
+    if fraction is None:
+        return torch.ones_like(slices, dtype=torch.bool)
     total = slices.sum(-1, keepdim=True)
     upright = torch.where(total < 0, -slices, slices)
     ordered, order = upright.sort(dim=-1, descending=True, stable=True)
@@ -145,7 +149,7 @@ def support(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> Bool[Tens
     return torch.zeros_like(wanted).scatter(-1, order, wanted)
 
 
-def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataFrame:
+def sparsity(slices: Float[Tensor, "pair r"], fraction: float | None = 1.0) -> pd.DataFrame:
     """How few slices carry each score. One row per pair:
 
     * support: size of the published support (cancellation shrinks it);
@@ -155,7 +159,7 @@ def sparsity(slices: Float[Tensor, "pair r"], fraction: float = 1.0) -> pd.DataF
     * cancellation: Σ|p| / |Σp|, 1 where all slices agree.
 
     >>> import torch
-    >>> sparsity(torch.tensor([[4.0, 3.0, 2.0, 1.0]])).round(2).iloc[0].to_dict()
+    >>> sparsity(torch.tensor([[4.0, 3.0, 2.0, 1.0]]).double()).round(2).iloc[0].to_dict()
     {'support': 4.0, 'participation': 3.33, 'ninety': 3.0, 'settled': 3.0, 'cancellation': 1.0}
     """
     total = slices.sum(-1, keepdim=True)
@@ -220,7 +224,7 @@ def usage_table(pairs: Pairs, supports: Bool[Tensor, "pair r"]) -> pd.DataFrame:
     wide = pd.DataFrame(supports.double().cpu().numpy()).rename_axis(columns="k")
     table = pairs.table()
     share = wide.groupby([table["layer"], table["head"], table["name"]]).mean()
-    return share.stack().rename("share").reset_index()
+    return share.stack().rename("share").reset_index()  # pyright: ignore[reportArgumentType]
 
 
 def captured_share(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:

@@ -151,7 +151,8 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 def to_graph(circuit: Circuit) -> nx.MultiDiGraph:
     """Nodes "component@role" (component, role, height); every column of an edge is an attribute."""
-    graph = nx.MultiDiGraph(**circuit.facts)
+    graph = nx.MultiDiGraph()
+    graph.graph.update(circuit.facts)
     for row in circuit.edges.to_dict("records"):
         ends = []
         for component, role, height in (
@@ -160,7 +161,7 @@ def to_graph(circuit: Circuit) -> nx.MultiDiGraph:
         ):
             ends.append(f"{component}@{role}")
             graph.add_node(ends[-1], component=component, role=role, height=height)
-        graph.add_edge(*ends, **row)
+        graph.add_edge(*ends, **{str(name): value for name, value in row.items()})
     return graph
 
 
@@ -175,7 +176,7 @@ def write_circuit(circuit: Circuit, path: Path) -> None:
     """Write a circuit as GraphML, JSON (node-link) or Parquet."""
     if path.suffix == ".parquet":
         table = circuit.edges.copy()
-        table.attrs = dict(circuit.facts)
+        table.attrs = {**circuit.facts}
         write_parquet(table, path)
         return
     with atomic(path) as aside:
@@ -190,7 +191,7 @@ def read_circuit(path: Path) -> Circuit:
     """Read back what `write_circuit` wrote, without loss."""
     if path.suffix == ".parquet":
         table = pd.read_parquet(path)
-        return Circuit(table, dict(table.attrs))
+        return Circuit(table, {str(name): fact for name, fact in table.attrs.items()})
     if path.suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8"))
         return from_graph(nx.node_link_graph(data, edges="edges"))

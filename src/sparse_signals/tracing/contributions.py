@@ -46,7 +46,7 @@ class Settings:
 
     >>> Settings().share, Settings(weighting="published").weighting
     (0.7, 'published')
-    >>> Settings(share=2)
+    >>> Settings(share=2.0)
     Traceback (most recent call last):
     ValueError: share must be above 0 and at most 1
     """
@@ -106,7 +106,7 @@ def contributions(run: Run, pairs: Pairs, settings: Settings = Settings()) -> Co
     if not len(pairs):
         return _nothing(run.model)
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
-    chosen = _chosen(coords, settings)
+    chosen = support(coords.slices, settings.fraction)
     if settings.weighting == "norm":
         outputs = run.outputs if run.model.rms else run.outputs - run.outputs.mean(-1, keepdim=True)
         norms = torch.nn.functional.pad(outputs.norm(dim=-1), (0, 1)).double()
@@ -149,7 +149,7 @@ def contrast(
     basis = slicing_basis(run.model, settings)
     ours, theirs = (coordinates(run, x, basis) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
-    chosen = _chosen(difference, settings)
+    chosen = support(difference.slices, settings.fraction)
     values = _values(run, pairs, reading_vectors(run.model, pairs, difference, chosen, settings))
     aside = _values(run, other, reading_vectors(run.model, other, ours, chosen, settings))
     values[:, 1] -= aside[:, 1]
@@ -165,12 +165,6 @@ def slicing_basis(model: Model, settings: Settings) -> Basis:
     if settings.turn is None:
         return basis
     return basis.turned(random_rotation(model.d_head, settings.turn))
-
-
-def _chosen(coords: Coordinates, settings: Settings) -> Bool[Tensor, "pair r"]:
-    if settings.fraction is None:
-        return torch.ones_like(coords.dest, dtype=torch.bool)
-    return support(coords.slices, settings.fraction)
 
 
 def reading_vectors(
@@ -239,7 +233,7 @@ def by_source(
     A_tj (v_j W_O)·w / s_t for every head and j ≤ t: over j it sums to the head's contribution.
     """
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
-    chosen = _chosen(coords, settings)
+    chosen = support(coords.slices, settings.fraction)
     read = reading_vectors(run.model, pairs, coords, chosen, settings)
     read = read / _scale(run, pairs)[..., None]
     W_O = run.model.writers.W_O.double()

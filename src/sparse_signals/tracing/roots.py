@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -79,7 +80,12 @@ def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
 
 
 def pairs_named(run: Run, root: Root) -> Pairs:
-    """The pair that a root with a source names, in every prompt, whether it fires or not."""
+    """The pair that a root with a source names, in every prompt, whether it fires or not.
+
+    Raises ValueError for a root without a source.
+    """
+    if root.src is None:
+        raise ValueError(f"root {root} names no source: give its src")
     number = torch.arange(len(run))
     layer, head = (torch.full_like(number, x) for x in (root.layer, root.head))
     dest, src = (position_of(run.batch, where) for where in (root.dest, root.src))
@@ -93,7 +99,7 @@ def starts(run: Run, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]
     for root in roots:
         match = matches(run.batch, pairs, root)
         if root.against is not None:
-            other = _other_source(run, pairs, root)
+            other = _other_source(run, pairs, root.against)
             match &= (other.src <= pairs.dest) & (pairs.score > other.score)
         count += match
     return count
@@ -109,14 +115,14 @@ def open_contrasts(
             continue
         rows = matches(run.batch, pairs, root).nonzero().flatten()
         ours = pairs[rows]
-        found = contrast(run, ours, _other_source(run, ours, root), settings)
+        found = contrast(run, ours, _other_source(run, ours, root.against), settings)
         for name, value in vars(opened).items():
             value[rows] = getattr(found, name)
     return opened
 
 
-def _other_source(run: Run, pairs: Pairs, root: Root) -> Pairs:
-    src = position_of(run.batch, root.against).to(pairs.src.device)[pairs.prompt]
+def _other_source(run: Run, pairs: Pairs, against: str | int) -> Pairs:
+    src = position_of(run.batch, against).to(pairs.src.device)[pairs.prompt]
     return pairs_at(run, pairs.layer, pairs.prompt, pairs.head, pairs.dest, src)
 
 
@@ -172,14 +178,14 @@ def strongest_roots(
 
     Raises PromptError where the prompts have no names, TraceError where no head fires from end.
     """
-    shares, firing = 0.0, set()
+    shares, firing = [], set()
     for _, part in runs(model, batch):
-        shares = shares + logit_attribution(part)[0].sum(0)
+        shares.append(logit_attribution(part)[0].sum(0))
         pairs = find_firings(part, settings.level, settings.context)
         at_end = pairs[pairs.dest == part.batch.last.to(pairs.dest.device)[pairs.prompt]]
         firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
     if not firing:
         raise TraceError("no head fires from the last token of any prompt: lower the level")
-    per_head = shares[model.is_head].view(model.n_layers, model.n_heads)
+    per_head = reduce(torch.add, shares)[model.is_head].view(model.n_layers, model.n_heads)
     best = sorted(firing, key=lambda head: -float(per_head[head]))
     return [Root(*head) for head in best[:n]]

@@ -213,7 +213,7 @@ def follow(
     firings["visits"] = visits[reached].cpu().numpy()
     if settings.weighting == "exact":
         firings["error"] = parts.error()[reached].cpu().numpy()
-    firings["vectors"] = index_lists(parts.support[reached])
+    firings["vectors"] = pd.Series(index_lists(parts.support[reached]), firings.index)
     firings.insert(0, "firing", range(len(firings)))
     return firings, _edges(run.model, firings, parts.values[reached], kept[reached])
 
@@ -270,7 +270,7 @@ def _edges(
     edges = edges.rename(columns={"name": "downstream"})
     edges.insert(2, "upstream", table["component"].array[component])
     edges.insert(3, "kind", table["kind"].array[component])
-    edges.insert(7, "side", pd.array(SIDES, dtype="str")[side])
+    edges.insert(7, "side", pd.array(SIDES, dtype="str")[side])  # pyright: ignore[reportArgumentType]
     edges["token"] = edges["dest"].where(side == 0, edges["src"])
     edges["weight"], edges["share"] = weight.cpu().numpy(), share.cpu().numpy()
     edges["up_layer"] = table["height"].to_numpy()[component]
