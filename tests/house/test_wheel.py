@@ -61,7 +61,7 @@ def test_a_trace_runs_from_the_wheel(environment, tmp_path):
         "sys.exit(main(['trace', '--ioi', '8', '--out', 'out']))"
     )
     done = subprocess.run(
-        [environment, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [environment, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "8 prompts" in done.stdout and "strongest edges" in done.stdout
@@ -72,5 +72,6 @@ def test_a_trace_runs_from_the_wheel(environment, tmp_path):
 
 @pytest.mark.parametrize("module", ["altair", "jupyterlab", "IPython", "vl_convert"])
 def test_nothing_else_is_seen(environment, module):
-    done = subprocess.run([environment, "-c", f"import {module}"], capture_output=True, text=True)
+    command = [environment, "-I", "-c", f"import {module}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
