@@ -295,7 +295,8 @@ def _token_ids(text: str, model: Model, place: str) -> list[int]:
     ids = _plain_ids(text, tokenizer)
     unknown, unknowns = tokenizer.unk_token_id, ids.count(tokenizer.unk_token_id)
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        unknowns -= text.count(str(tokenizer.unk_token or "\0"))  # it may be meant, as a special token
+        # it may be meant, as a special token
+        unknowns -= text.count(str(tokenizer.unk_token or "\0"))
     if unknowns:
         raise PromptError(f"{place}{_unknown(text, tokenizer)}")
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
