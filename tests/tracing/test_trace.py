@@ -18,7 +18,14 @@ from sparse_signals.tracing.contributions import (
     Settings,
     contributions,
 )
-from sparse_signals.tracing.roots import Root, TraceError, TraceWarning, place, strongest_roots
+from sparse_signals.tracing.roots import (
+    Root,
+    TraceError,
+    TraceWarning,
+    pairs_named,
+    place,
+    strongest_roots,
+)
 from sparse_signals.tracing.trace import kept_components, trace, trace_chunk, trace_prompts
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
@@ -354,3 +361,8 @@ def test_neighbours_of_a_role_stay_inside(batch):
     assert place(batch, "end-1").tolist() == (end - 1).tolist()
     assert place(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
     assert place(batch, "end-99").tolist() == [0] * len(end)
+
+
+def test_a_pair_is_named_by_a_root_with_a_source(model, batch):
+    with pytest.raises(ValueError, match="root 2.1:4 names no source: give its src"):
+        pairs_named(run(model, batch), Root(2, 1, DEST))
