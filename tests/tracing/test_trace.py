@@ -364,5 +364,5 @@ def test_neighbours_of_a_role_stay_inside(batch):
 
 
 def test_a_pair_is_named_by_a_root_with_a_source(model, batch):
-    with pytest.raises(ValueError, match="root 2.1:4 names no source: give its src"):
+    with pytest.raises(ValueError, match=r"root 2\.1:4 names no source: give its src"):
         pairs_named(run(model, batch), Root(2, 1, DEST))
