@@ -272,6 +272,13 @@ def test_signals_need_no_names_and_quiet_says_nothing(said, out, tmp_path):
     assert set(one["prompt"]) == {0, 1}
 
 
+def test_fraction_all_lists_every_slice(said, out, ioi):
+    assert said("signals --ioi 2 --quiet --fraction all") == (0, "", "")
+    table = pd.read_parquet(out / "firings.parquet")
+    assert len(table) and set(table["size"]) == {ioi.model.d_head}
+    assert lists(table["support"]) == [list(range(ioi.model.d_head))] * len(table)
+
+
 def test_float64_and_context_reach_the_model(said, out):
     said("signals --ioi 4 --quiet")
     single = pd.read_parquet(out / "firings.parquet")

@@ -118,6 +118,12 @@ def test_supports_equal_the_slow_reference(ran, pairs, fraction):
         assert set(mask.nonzero().flatten().tolist()) == slow_support(row, fraction)
 
 
+def test_without_a_fraction_every_slice_is_in_the_support(ran, pairs):
+    rows = slices(ran, pairs)
+    assert support(rows, None).all()
+    assert (sparsity(rows, None)["support"] == rows.shape[1]).all()
+
+
 def test_support_of_known_slices():
     known = torch.tensor(
         [

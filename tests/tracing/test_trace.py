@@ -22,6 +22,7 @@ from sparse_signals.tracing.roots import (
     Root,
     TraceError,
     TraceWarning,
+    pairs_named,
     position_of,
     strongest_roots,
 )
@@ -365,3 +366,8 @@ def test_neighbours_of_a_role_stay_inside(batch):
     assert position_of(batch, "end-1").tolist() == (end - 1).tolist()
     assert position_of(batch, "end+2").tolist() == (end + 2).clamp(max=last).tolist()
     assert position_of(batch, "end-99").tolist() == [0] * len(end)
+
+
+def test_a_pair_is_named_by_a_root_with_a_source(model, batch):
+    with pytest.raises(ValueError, match=r"root 2\.1:4 names no source: give its src"):
+        pairs_named(run(model, batch), Root(2, 1, DEST))
