@@ -36,7 +36,8 @@ PARTS = (  # the quick ones first; the site is built before it is tested
     Part("site", ((PYTHON, "scripts/vendor_assets.py"), (PYTHON, "scripts/build_book.py"))),
     Part("types", (("node", str(PYRIGHT)),), needs=PYRIGHT),
     Part("examples", ((PYTHON, "-m", "pytest", "--doctest-modules", "src"),)),
-    Part("unit tests", ((*PYTEST, "tests", "-m", "not site"),)),
+    Part("unit tests", ((*PYTEST, "tests", "-m", "not site and not slow"),)),
+    Part("long tests", ((*PYTEST, "tests", "-m", "slow and not site"),)),
     Part("site tests", ((*PYTEST, "tests", "-m", "site", "--dist", "loadgroup"),)),
     Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
 )

@@ -32,6 +32,7 @@ def reference():
     return tables(torch.float64, 1)
 
 
+@pytest.mark.slow
 def test_two_threads_print_what_one_prints(reference):
     pairs, sparse = tables(torch.float64, 2)
     assert pairs.map(fmt).equals(reference[0].map(fmt))

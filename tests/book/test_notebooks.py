@@ -109,6 +109,7 @@ def test_chart_numbers_are_rounded(notebook):
                 assert all(value == round_significant(value) for value in row.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.8", "6.4"])  # JupyterLab's Vega-Lite, and the site's
 def test_charts_can_be_drawn(notebook, version):
     for spec in charts(notebook):

@@ -35,6 +35,7 @@ def notebook(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_refresh_twice_gives_the_same_bytes(notebook):
     assert refresh.main([notebook]) == 0
     first = notebook.read_bytes()
@@ -43,6 +44,7 @@ def test_refresh_twice_gives_the_same_bytes(notebook):
     assert b'"hello\\n"' in first and b"0.123" in first and b"iopub" not in first
 
 
+@pytest.mark.slow
 def test_refresh_leaves_a_failing_notebook_as_it_was(notebook, capsys):
     content = nbformat.read(notebook, as_version=4)
     content.cells.append(new_code_cell("1 / 0", id="three"))
@@ -197,6 +199,7 @@ def test_the_lock_has_a_checksum_for_each_package_and_names_no_host():
     assert "resolved" not in text and "://" not in text
 
 
+@pytest.mark.slow
 def test_without_npm_the_message_says_what_is_missing_and_what_works(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vendor_assets, "VENDOR", tmp_path / "vendor")
     monkeypatch.setattr(vendor_assets, "installed", dict)

@@ -48,6 +48,7 @@ def test_every_prompt_is_in_the_vocabulary(loaded):
     assert set(ioi_prompts(1500, tokenizer=loaded.tokenizer)["io"]) == set(NAMES)
 
 
+@pytest.mark.slow
 def test_gates(model, loaded):
     accuracy = evidence.accuracy_table(model, loaded, n=400)
     assert evidence.missed_gates(accuracy) == []

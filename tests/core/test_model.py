@@ -196,6 +196,7 @@ def test_half_precision_is_refused(tiny_directories):
         load_model(tiny_directories["gpt2"], dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_the_hub_is_switched_off_before_transformers_is_imported(tiny_directories):
     code = (
         "import sys; from sparse_signals.core.model import load_model;"
