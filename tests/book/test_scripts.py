@@ -225,10 +225,11 @@ def test_check_runs_every_part_times_it_and_fails_where_one_failed(capfd):
     assert check.main((part("only", "0"),)) == 0
 
 
-def test_unit_tests_and_site_tests_are_two_parts_and_the_site_is_built_before():
+def test_every_test_is_in_one_part_and_the_site_is_built_before_its_own():
     names = [part.name for part in check.PARTS]
     chosen = {part.name: part.commands[0][5:8] for part in check.PARTS}
-    assert chosen["unit tests"] == ("tests", "-m", "not site")
+    assert chosen["unit tests"] == ("tests", "-m", "not site and not slow")
+    assert chosen["long tests"] == ("tests", "-m", "slow and not site")
     assert chosen["site tests"] == ("tests", "-m", "site")
     assert names.index("site") < names.index("site tests")
 
