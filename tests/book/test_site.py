@@ -57,8 +57,9 @@ class Visit:
         self.page.on("requestfailed", lambda request: self.problems.append(request.url))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("response", self._response)
-        self.page.goto(address, timeout=120_000)
-        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.set_default_timeout(120_000)  # the largest pages take their time on two cores
+        self.page.goto(address)
+        self.page.wait_for_function(READY)
 
     def _console(self, message):
         if message.type in ("error", "warning"):
