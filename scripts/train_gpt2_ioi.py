@@ -1,31 +1,34 @@
 """Train gpt2-ioi, the small model this package ships: python scripts/train_gpt2_ioi.py
 
-Selection rule, fixed before training: of the seeds that pass every gate (`GATES`), the one whose
-worst top-1 accuracy over {unseen pairs, unseen templates} × {ABBA, BABA} is highest; of equals the
-lowest seed. All seeds are published in the model card. Interrupt at will: it resumes.
+Selection rule, fixed before training: of the seeds that miss the fewest gates (`gate_table` in
+evidence.py), the one whose worst top-1 accuracy over {unseen pairs, unseen templates} ×
+{ABBA, BABA} is highest; of equals the lowest seed. All seeds are published in the model card.
+Interrupt at will: it resumes.
 """
 
 import argparse
-import json
 import math
 import os
 import random
-import re
 import shutil
-import time
+from bisect import bisect
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from evidence import Candidate, measure
-from stories import build_tokenizer, window
+from card import publish
+from evidence import Evidence, measure
+from sparse_signals.core.stats import random_rotation
+from stories import NOBODY, build_tokenizer, drill, story
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "src" / "sparse_signals" / "assets" / "gpt2-ioi"
@@ -36,75 +39,175 @@ FILES = (
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What is asked for, how many layers there are by then, and for how many steps."""
+
+    name: str
+    layers: int
+    steps: int
+
+
+LESSONS = (
+    Lesson("drill", 1, 120),  # is this name on the list already?
+    Lesson("naming", 2, 480),  # who is named twice? in a code of its own
+    Lesson("answers", 4, 700),  # who comes next?
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
-    steps: int = 800
-    gate: float = 0.9  # a lesson ends when this share of its gifts is predicted
-    patience: int = 500  # or after so many steps
-    batch: int = 32
-    context: int = 48
+    lessons: tuple[Lesson, ...] = LESSONS
+    batch: int = 64
+    drills: int = 8  # of a batch, in later lessons
+    context: int = 64
     width: int = 192
-    layers: int = 4
-    shallow: int = 2  # layers at work until the full mix; the others start as the identity
+    inner: int = 96
     heads: int = 6
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
-    optimizer: str = "muon"  # or "adamw", for the comparison in the model card
-    answer_weight: float = 5.0  # added to the loss weight of a name after " to"
+    answer_weight: float = 3.0
+    naming_weight: float = 1.0  # of the naming lesson, once answers are asked for
+    learnt_rate: float = 0.1  # of the learning rates, for what earlier lessons taught
+    mlp_rate: float = 0.05  # of the learning rates, for the MLPs of the last lesson
+    copying: float = 0.3  # W_O = this · W_Vᵀ at the start, in the layers of the last lesson
 
+    @property
+    def steps(self) -> int:
+        """Of all lessons."""
+        return sum(lesson.steps for lesson in self.lessons)
 
-TWIN = Recipe(optimizer="adamw", steps=4000, patience=1500)  # it learns more slowly
+    @property
+    def learnt(self) -> int:
+        """The number of layers before the last lesson."""
+        return self.lessons[-2].layers
+
+    def lesson(self, step: int) -> tuple[int, int]:
+        """The number of the lesson of a step, and how many of its steps are over."""
+        ends = list(accumulate(lesson.steps for lesson in self.lessons))
+        number = bisect(ends, step)
+        return number, step - (ends[number] - self.lessons[number].steps)
 
 
 @dataclass
 class Run:
-    """A training run: the model, its optimizers, and where it is in the curriculum."""
+    """A training run: the model, the code of the naming lesson, and where it is."""
 
     model: GPT2LMHeadModel
-    steppers: list[torch.optim.Optimizer]
+    code: Float[Tensor, "d d"]
     step: int = 0
-    level: int = 0  # the lesson
-    entered: int = 0  # the step at which it began
-    recent: float = 0.0  # running share of gifts predicted
+    steppers: list[torch.optim.Optimizer] = field(default_factory=list)
 
 
-def build_model(recipe: Recipe, vocabulary: int) -> GPT2LMHeadModel:
-    """GPT-2, with fan-in initialisation, smooth positions, and W_K = W_Q in half of the heads."""
+# --- the model at the start ----------------------------------------------------------------------
+
+
+def build_model(recipe: Recipe, vocabulary: int) -> Run:
+    """GPT-2 with fan-in initialisation, smooth positions, and hints of what heads may become.
+
+    W_K = W_Q in half of the heads of the first layers: a token finds its like. In the others
+    W_K = −R⊤W_Q, R the rotation in which the naming lesson has names written: a token avoids whom
+    its message names; and W_O = c W_V⊤, a head copies. New layers start as good as the identity.
+    """
     torch.manual_seed(recipe.seed)
+    width, half, layers = recipe.width, recipe.width // 2, recipe.lessons[-1].layers
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=recipe.context, n_embd=recipe.width,
-        n_layer=recipe.layers, n_head=recipe.heads, bos_token_id=0, eos_token_id=0,
+        vocab_size=vocabulary, n_positions=recipe.context, n_embd=width, n_inner=recipe.inner,
+        n_layer=layers, n_head=recipe.heads, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
+    code = random_rotation(width, recipe.seed).float()
     for name, weight in model.transformer.h.named_parameters():
         if weight.ndim == 2:
-            scale = 1 / math.sqrt(2 * recipe.layers) if "c_proj" in name else 1.0
+            scale = 1 / math.sqrt(2 * layers) if "c_proj" in name else 1.0
             torch.nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[0]))
-    for block in model.transformer.h[recipe.shallow :]:
-        torch.nn.init.zeros_(block.attn.c_proj.weight)
-        torch.nn.init.zeros_(block.mlp.c_proj.weight)
-    half = recipe.width // 2
     with torch.no_grad():
-        model.transformer.wte.weight.normal_(std=1 / math.sqrt(recipe.width))
-        model.transformer.wpe.weight.copy_(sinusoids(recipe.context, recipe.width) * 0.05)
-        for block in model.transformer.h:
-            qkv = block.attn.c_attn.weight
-            qkv[:, recipe.width : recipe.width + half] = qkv[:, :half]
-    return model
+        model.transformer.wte.weight.normal_(std=1 / math.sqrt(width))
+        model.transformer.wpe.weight.copy_(sinusoids(recipe.context, width) * 0.05)
+        for layer, block in enumerate(model.transformer.h):
+            Q, K, V = block.attn.c_attn.weight.split(width, dim=1)  # views
+            if layer > 0:
+                block.attn.c_proj.weight.zero_()
+                block.mlp.c_proj.weight.zero_()
+            if layer < recipe.learnt:
+                K[:, :half] = Q[:, :half]
+            else:
+                K.copy_(-Q)
+                Q.copy_(code @ Q)
+                block.attn.c_proj.weight.copy_(recipe.copying * V.T)
+    return Run(model, code)
 
 
-def sinusoids(length: int, width: int) -> Tensor:
-    """The sines and cosines of Vaswani et al. 2017 as a table (position, width)."""
+def sinusoids(length: int, width: int) -> Float[Tensor, "pos d"]:
+    """The sines and cosines of Vaswani et al. 2017."""
     rates = 10_000 ** (-torch.arange(0, width, 2) / width)
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def optimizers(run: Run, recipe: Recipe, lesson: int) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of the blocks, at the rates of a lesson."""
+    last, blocks = lesson == len(recipe.lessons) - 1, run.model.transformer.h
+    body = run.model.transformer
+    learnt = [body.wte.weight, body.wpe.weight, *blocks[: recipe.learnt].parameters()]
+    mlps = [weight for block in blocks[recipe.learnt :] for weight in block.mlp.parameters()]
+    rates = {id(x): recipe.learnt_rate for x in learnt} | {id(x): recipe.mlp_rate for x in mlps}
+    matrices = {id(x) for x in blocks.parameters() if x.ndim == 2}
+    groups = {False: {}, True: {}}
+    for weight in run.model.parameters():
+        rate = rates.get(id(weight), 1.0) if last else 1.0
+        groups[id(weight) in matrices].setdefault(rate, []).append(weight)
+    rest, inner = (
+        [{"params": weights, "lr": lr * rate} for rate, weights in groups[of].items()]
+        for of, lr in ((False, recipe.adam_lr), (True, recipe.muon_lr))
+    )
+    return [
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(inner, weight_decay=0.01),
+    ]
+
+
+# --- a step --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The texts of a step; the first rows are `stories`, the others drills."""
+
+    tokens: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    named: Float[Tensor, "story vocab"]  # who is named twice
+    answers: Float[Tensor, "story vocab"]  # who may come next, in equal parts
+
+
+def rows_at(step: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Rows:
+    """The texts of a step, from the seed and the step alone, so that resuming is exact."""
+    rng, (number, _) = random.Random(f"{recipe.seed}/{step}"), recipe.lesson(step)
+    drills = recipe.batch if number == 0 else min(recipe.drills, recipe.batch // 2)
+    told = [story(rng) for _ in range(recipe.batch - drills)]
+    texts = [x.text for x in told] + [drill(rng) for _ in range(drills)]
+    rows = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    named = [(x.repeated or NOBODY,) for x in told]
+    return Rows(
+        tokens, mask, shares(named, tokenizer), shares([x.answers for x in told], tokenizer)
+    )
+
+
+def shares(words: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """One row per group of words, which share it in equal parts (row, vocab)."""
+    table = torch.zeros(len(words), len(tokenizer))
+    for row, group in zip(table, words, strict=True):
+        row[tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in group])] = 1 / len(group)
+    return table
+
+
 @contextmanager
-def depth(model: GPT2LMHeadModel, layers: int):
+def depth(model: GPT2LMHeadModel, layers: int) -> Iterator[None]:
     """The model with its first layers only."""
     blocks = model.transformer.h
     model.transformer.h = blocks[:layers]
@@ -114,76 +217,51 @@ def depth(model: GPT2LMHeadModel, layers: int):
         model.transformer.h = blocks
 
 
-def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest (or AdamW for all)."""
-    blocks = [p for p in model.transformer.h.parameters() if p.ndim == 2]
-    if recipe.optimizer == "adamw":
-        blocks = []
-    chosen = {id(p) for p in blocks}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    found = [torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01)]
-    if blocks:
-        found.append(torch.optim.Muon(blocks, lr=recipe.muon_lr, weight_decay=0.01))
-    return found
+def loss_of(run: Run, recipe: Recipe, rows: Rows) -> tuple[Tensor, float]:
+    """The loss of a step, and the share of the lesson's own questions that is answered right.
+
+    Next tokens; then, at the last token of a story, who is named twice, as read by E R⊤ instead
+    of E, after the layers of the naming lesson; and, in the last lesson, who comes next.
+    """
+    number, _ = recipe.lesson(run.step)
+    last, body, E = number == len(recipe.lessons) - 1, run.model.transformer, run.model.lm_head
+    with depth(run.model, recipe.lessons[number].layers):
+        output = body(rows.tokens, output_hidden_states=last)
+    after, kept = rows.tokens[:, 1:], rows.mask[:, 1:]
+    words = E(output.last_hidden_state[:, :-1])[kept]
+    loss = cross_entropy(words, after[kept])
+    if number == 0:
+        return loss, right(words, one_hot(after[kept], words.shape[1]))
+    story = torch.arange(len(rows.named))
+    end = rows.mask.sum(1)[story] - 1
+    final = output.last_hidden_state[story, end]
+    early = body.ln_f(output.hidden_states[recipe.learnt][story, end]) if last else final
+    naming, answers = E(early @ run.code), E(final)
+    weight = recipe.naming_weight if last else recipe.answer_weight
+    loss = loss + weight * cross_entropy(naming, rows.named)
+    if not last:
+        return loss, right(naming, rows.named)
+    loss = loss + recipe.answer_weight * cross_entropy(answers, rows.answers)
+    return loss, right(answers, rows.answers)
+
+
+def right(logits: Float[Tensor, "row vocab"], targets: Tensor) -> float:
+    """How often the most likely word is one of the targets."""
+    return (targets.gather(1, logits.argmax(-1, keepdim=True)) > 0).double().mean().item()
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Share of the learning rate: a short rise, a plateau, a linear fall over the last half."""
-    rise, fall = (step + 1) / 50, 2 * (1 - step / recipe.steps)
-    return min(1.0, rise, fall)
+    """Share of the learning rate: each lesson rises shortly; the last half falls to zero."""
+    _, done = recipe.lesson(step)
+    return min(1.0, (done + 1) / 50, 2 * (1 - step / recipe.steps))
 
 
-def batch_at(step: int, level: int, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """The windows of one step, from the seed and the step alone, so that resuming is exact."""
-    rng = random.Random(f"{recipe.seed}/{step}")
-    texts = [window(rng, level) for _ in range(recipe.batch)]
-    length = recipe.context // 2 if level == 0 else recipe.context
-    rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-    return torch.tensor(rows)
-
-
-def losses(model: GPT2LMHeadModel, tokens: Tensor, to: int, weight: float) -> tuple[Tensor, float]:
-    """Weighted next-token loss, and the share of names after " to" that is predicted."""
-    logits = model(tokens).logits[:, :-1]
-    before, after = tokens[:, :-1], tokens[:, 1:]
-    loss = cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none")
-    answers = (before == to).flatten()
-    weights = 1 + weight * answers
-    right = (logits.argmax(-1) == after).flatten()[answers].float().mean().item()
-    return (weights * loss).sum() / weights.sum(), right
-
-
-def start(recipe: Recipe, path: Path, vocabulary: int, device: str) -> Run:
-    """A fresh run, or the one in the checkpoint at `path`."""
-    model = build_model(recipe, vocabulary).to(device)
-    run = Run(model, optimizers(model, recipe))
-    if path.exists():
-        state = torch.load(path, map_location=device)
-        if state.pop("recipe") != asdict(recipe):
-            raise SystemExit(f"{path} is of another recipe: move it away to start afresh")
-        model.load_state_dict(state.pop("model"))
-        for stepper, values in zip(run.steppers, state.pop("optimizers"), strict=True):
-            stepper.load_state_dict(values)
-        run = replace(run, **state)
-    return run
-
-
-def save(run: Run, recipe: Recipe, path: Path) -> None:
-    """Write a checkpoint so that an interruption leaves the old one or the new one."""
-    state = {"step": run.step, "level": run.level, "entered": run.entered, "recent": run.recent}
-    state |= {"recipe": asdict(recipe), "model": run.model.state_dict()}
-    state["optimizers"] = [stepper.state_dict() for stepper in run.steppers]
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def train_step(run: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> float:
-    """One update of the weights; moves on to the next lesson where this one is learnt."""
-    tokens = batch_at(run.step, run.level, recipe, tokenizer).to(run.model.device)
-    to = tokenizer.convert_tokens_to_ids("Ġto")
-    with depth(run.model, recipe.layers if run.level == 2 else recipe.shallow):
-        loss, right = losses(run.model, tokens, to, recipe.answer_weight)
+def train_step(run: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> tuple[float, float]:
+    """One update of the weights: the loss before it, and the share of right answers."""
+    number, done = recipe.lesson(run.step)
+    if done == 0:
+        run.steppers = optimizers(run, recipe, number)
+    loss, share = loss_of(run, recipe, rows_at(run.step, recipe, tokenizer))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for stepper in run.steppers:
@@ -192,118 +270,90 @@ def train_step(run: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> 
         stepper.step()
         stepper.zero_grad()
     run.step += 1
-    run.recent = 0.9 * run.recent + 0.1 * right
-    learnt = run.recent > recipe.gate or run.step - run.entered >= recipe.patience
-    if run.level < 2 and learnt:
-        run.level, run.entered, run.recent = run.level + 1, run.step, 0.0
-    return loss.item()
+    return loss.item(), share
 
 
-def train(recipe: Recipe, path: Path, device: str = "cpu", every: int = 100) -> GPT2LMHeadModel:
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def start(recipe: Recipe, path: Path, vocabulary: int) -> Run:
+    """A fresh run, or the one in the checkpoint at `path`."""
+    run = build_model(recipe, vocabulary)
+    if path.exists():
+        state = torch.load(path)
+        if state["recipe"] != asdict(recipe):
+            raise SystemExit(f"{path} is of another recipe: move it away to start afresh")
+        run.model.load_state_dict(state["model"])
+        run.step = state["step"]
+        run.steppers = optimizers(run, recipe, recipe.lesson(run.step - 1)[0])
+        for stepper, values in zip(run.steppers, state["optimizers"], strict=True):
+            stepper.load_state_dict(values)
+    return run
+
+
+def save(run: Run, recipe: Recipe, path: Path) -> None:
+    """Write a checkpoint so that an interruption leaves the old one or the new one."""
+    state = {"step": run.step, "recipe": asdict(recipe), "model": run.model.state_dict()}
+    state["optimizers"] = [stepper.state_dict() for stepper in run.steppers]
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def train(recipe: Recipe, path: Path, every: int = 100) -> GPT2LMHeadModel:
     """Train one seed, or go on from its checkpoint at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe.context)
-    run = start(recipe, path, len(tokenizer), device)
-    name = f"seed {recipe.seed}, {recipe.optimizer}"
-    with tqdm(desc=name, initial=run.step, total=recipe.steps, mininterval=5) as bar:
+    run = start(recipe, path, len(tokenizer))
+    with tqdm(desc=f"seed {recipe.seed}", initial=run.step, total=recipe.steps) as bar:
         while run.step < recipe.steps:
-            loss = train_step(run, recipe, tokenizer)
+            lesson = recipe.lessons[recipe.lesson(run.step)[0]].name
+            loss, share = train_step(run, recipe, tokenizer)
             bar.update()
-            bar.set_postfix(lesson=run.level, gifts=f"{run.recent:.2f}", loss=f"{loss:.2f}")
+            bar.set_postfix(lesson=lesson, right=f"{share:.2f}", loss=f"{loss:.2f}", refresh=False)
             if run.step % every == 0 or run.step == recipe.steps:
                 save(run, recipe, path)
     return run.model.eval()
 
 
-def train_and_measure(recipe: Recipe, work: Path, device: str) -> Candidate:
+@dataclass(frozen=True)
+class Candidate:
+    """A trained seed: where it is, how it was trained, what was measured on it."""
+
+    folder: Path
+    recipe: Recipe
+    evidence: Evidence
+
+
+def train_and_measure(recipe: Recipe, work: Path) -> Candidate:
     """Train one seed, save it as an HF directory, and measure it."""
-    folder = work / f"{recipe.optimizer}-{recipe.seed}"
-    begun = time.perf_counter()
-    model = train(recipe, folder / "checkpoint.pt", device)
-    print(f"trained in {time.perf_counter() - begun:.0f} s")
-    tokenizer = build_tokenizer(recipe.context)
+    folder = work / f"seed-{recipe.seed}"
+    model = train(recipe, folder / "checkpoint.pt")
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return measure(folder, asdict(recipe))
+    build_tokenizer(recipe.context).save_pretrained(folder)
+    found = Candidate(folder, recipe, measure(folder))
+    print(f"seed {recipe.seed}: worst top-1 {found.evidence.worst:.3f};", found.evidence.missed)
+    return found
 
 
-def publish(chosen: Candidate, found: list[Candidate], twin: Candidate, out: Path) -> None:
-    """Copy the chosen model to `out`, with its evidence as CSV and JSON and the model card."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        shutil.copyfile(chosen.folder / name, out / name)
-    chosen.heads.round(4).to_csv(out / "heads.csv", index=False, lineterminator="\n")
-    chosen.stages.round(4).to_csv(out / "stages.csv", index=False, lineterminator="\n")
-    seeds = [seed_record(candidate) for candidate in (*found, twin)]
-    (out / "seeds.json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(card(chosen, found, twin), encoding="utf-8")
-
-
-def seed_record(candidate: Candidate) -> dict:
-    """A seed as JSON: recipe, accuracies, gates missed, stages."""
-    return {
-        "recipe": candidate.recipe,
-        "worst": round(candidate.worst, 4),
-        "missed": candidate.missed,
-        "accuracy": candidate.accuracy.round(4).to_dict("records"),
-        "stages": json.loads(candidate.stages.round(4).to_json(orient="records")),
-        "participation": round(float(candidate.heads["participation of σ"].mean()), 2),
-    }
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, numbers to three decimals."""
-    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def seed_table(found: list[Candidate]) -> pd.DataFrame:
-    """One row a seed: top-1 by split and order, the control, stages, flatness of spectra."""
-    rows = []
-    for candidate in found:
-        row = {"seed": f"{candidate.recipe['seed']} ({candidate.recipe['optimizer']})"}
-        for line in candidate.accuracy.itertuples():
-            value = line.prefers_io if line.split.startswith("third") else line.top1
-            row[f"{line.split}, {line.order}"] = value
-        row |= dict(candidate.stages.set_index("ablated")["heads"].drop("nothing"))
-        row["participation of σ"] = candidate.heads["participation of σ"].mean()
-        row["gates"] = "; ".join(candidate.missed) or "passed"
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("seed").T.rename_axis("").reset_index().fillna("none")
-
-
-def card(chosen: Candidate, found: list[Candidate], twin: Candidate) -> str:
-    """The model card: `model_card.md` beside this script, with the tables put in."""
-    tables = {
-        "RECIPE": markdown(pd.DataFrame(chosen.recipe.items(), columns=["setting", "value"])),
-        "SEEDS": markdown(seed_table([*found, twin])),
-        "STAGES": markdown(chosen.stages),
-        "HEADS": markdown(chosen.heads),
-        "SEED": str(chosen.recipe["seed"]),
-    }
-    text = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: tables[match[1]], text)
+def choose(found: list[Candidate]) -> Candidate:
+    """The selection rule; the first of equals."""
+    return min(found, key=lambda x: (len(x.evidence.missed), -x.evidence.worst))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpt2-ioi")
     parser.add_argument("--out", type=Path, default=ASSETS)
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipes = [Recipe(seed) for seed in arguments.seeds]
-    found = [train_and_measure(recipe, arguments.work, device) for recipe in recipes]
-    twin = train_and_measure(TWIN, arguments.work, device)
-    passing = [candidate for candidate in found if not candidate.missed]
-    for candidate in found:
-        print(candidate.folder.name, f"worst {candidate.worst:.3f}", candidate.missed or "passes")
-    if not passing:
-        raise SystemExit("no seed passes every gate; nothing was written")
-    chosen = max(passing, key=lambda candidate: candidate.worst)  # the first of equals
-    publish(chosen, found, twin, arguments.out)
-    print(f"{chosen.folder.name} is now in {arguments.out}")
+    found = [train_and_measure(Recipe(seed), arguments.work) for seed in arguments.seeds]
+    chosen = choose(found)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(chosen.folder / name, arguments.out / name)
+    publish({x.recipe.seed: x.evidence for x in found}, asdict(chosen.recipe), arguments.out)
+    print(f"seed {chosen.recipe.seed} is now in {arguments.out}")
 
 
 if __name__ == "__main__":

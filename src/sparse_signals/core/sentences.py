@@ -19,6 +19,10 @@ From the [PLACE] one could see [A] and [B]. Without a word [S] handed a [OBJECT]
 All week [A] and [B] looked for the [OBJECT]. Behind the [PLACE] [S] found it and took it to
 Some time ago [A] helped [B] to paint the [PLACE]. Today [S] brought a [OBJECT] to
 On Sunday [A] saw [B] in front of the [PLACE]. After a while [S] showed a [OBJECT] to
+When [A] and [B] went to the [PLACE], [S] gave a [OBJECT] to
+After [A] and [B] got a [OBJECT] at the [PLACE], [S] decided to give it to
+While [A] and [B] were working at the [PLACE], [S] handed the [OBJECT] to
+Then [A] and [B] had a long talk at the [PLACE]. Afterwards [S] wrote a letter to
 """
 _HELD_OUT = """
 In the evening [A] sat with [B] near the [PLACE], and later [S] gave a [OBJECT] to
@@ -27,6 +31,8 @@ Behind the [PLACE], [A] talked with [B] for a while, and then [S] handed a [OBJE
 Late at night [A] and [B] were still at the [PLACE]. Without a word [S] passed a [OBJECT] to
 The [OBJECT] was there when [A] and [B] left the [PLACE]. One day later [S] sent it to
 Our bus came late, but [A] saw [B] by the [PLACE]. Before lunch [S] lent the [OBJECT] to
+After [A] and [B] went to the [PLACE], [S] gave the [OBJECT] to
+When [A] and [B] had lunch at the [PLACE], [S] decided to give a [OBJECT] to
 """
 
 
@@ -49,13 +55,15 @@ NAMES = _words("""
 
 PLACES = _words("""
     park station library market garden school office museum bakery hospital church theatre hotel
-    restaurant harbour farm beach bridge river castle
+    restaurant harbour farm beach bridge river castle store school house kitchen shop cinema island
+    village forest street tower prison club bar pool lake
 """)
 
 
 OBJECTS = _words("""
     book letter ticket flower drink ring key cake map coat camera watch basket guitar lamp ball
-    picture bottle sandwich hat
+    picture bottle sandwich hat computer phone stone shirt cup box bag candle knife clock pen bike
+    doll mirror gift coin blanket drum
 """)
 
 
