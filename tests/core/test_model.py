@@ -12,7 +12,7 @@ from random_models import ROTARY, SIZES, save_random_model
 from reference import centred_gap, plain_logits, projected, score_gap
 from sparse_signals.core import model as models
 from sparse_signals.core.checkpoints import ModelError
-from sparse_signals.core.model import HOOKS, activations, load_model, logits, qk_weights
+from sparse_signals.core.model import HOOKS, Model, activations, load_model, logits, qk_weights
 from sparse_signals.core.rotary import rotate, rotation
 
 KINDS = ("gpt2", "llama", "qwen2")
@@ -150,17 +150,16 @@ def test_padding_and_batching_change_nothing(request, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_and_precision_drift_little(tiny_directories, kind):
-    def scores(dtype: torch.dtype, threads: int) -> torch.Tensor:
+def test_threads_and_precision_drift_little(request, tiny_directories, kind):
+    def scores(model: Model, threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
-        model = load_model(tiny_directories[kind], "cpu", dtype)
         return activations(model, TOKENS, ["scores"])["scores"].double().tril()
 
+    double = request.getfixturevalue(f"tiny_{kind}")
+    float32 = load_model(tiny_directories[kind], "cpu", torch.float32)
     before = torch.get_num_threads()
     try:
-        one, two, single = (
-            scores(d, n) for d, n in ((torch.float64, 1), (torch.float64, 2), (torch.float32, 1))
-        )
+        one, two, single = (scores(m, n) for m, n in ((double, 1), (double, 2), (float32, 1)))
     finally:
         torch.set_num_threads(before)
     assert (one - two).abs().max() < 1e-12
