@@ -45,7 +45,7 @@ PARTS = (  # the quick ones first; the site is built before it is tested
     Part("site", ((PYTHON, "scripts/build_book.py"),), one=True),
     Part("examples", ((PYTHON, "-m", "pytest", "--doctest-modules", "src"),), one=True),
     Part("unit tests", ((*PYTEST, "tests", "-m", "not site and not slow", "--dist", "loadfile"),)),
-    Part("long tests", ((*PYTEST, "tests", "-m", "slow and not site"),)),
+    Part("long tests", ((*PYTEST, "tests", "-m", "slow and not site", "--dist", "loadfile"),)),
     Part("site tests", ((*PYTEST, "tests", "-m", "site", "--dist", "loadgroup"),)),
     Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
 )

@@ -29,8 +29,9 @@ TOKENS = torch.randint(0, 50, (5, 9), generator=torch.Generator().manual_seed(0)
 
 @pytest.fixture(scope="session")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of the size of GPT-2 small."""
+    """A random model of the size of GPT-2 small, but for its vocabulary."""
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes |= {"vocab_size": 1000}
     return save_random_model(tmp_path_factory.mktemp("models") / "full-size", "gpt2", **sizes)
 
 
@@ -176,7 +177,7 @@ def test_unknown_activations_and_long_prompts_are_refused(tiny_gpt2):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_size_gpt2(full_size, dtype):
-    tokens = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 1000, (2, 17), generator=torch.Generator().manual_seed(0))
     model = load_model(full_size, "cpu", dtype)
     assert (model.n_layers, model.n_heads, model.d_head) == (12, 12, 64)
     assert centred_gap(logits(model, tokens), plain_logits(full_size, tokens, dtype)[:, -1]) < 1e-4

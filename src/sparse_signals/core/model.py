@@ -352,11 +352,13 @@ def _run(
     at: Int[Tensor, "prompt"],
     hooks: Collection[tuple[str, Callable[..., Any]]] = (),
 ) -> Float[Tensor, "prompt vocab"]:
-    def pick(value: Tensor, hook: Any) -> Tensor:  # unembed one position only, it is expensive
-        return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)
-
-    hooks = [*hooks, ("unembed.hook_in", pick)]
+    hooks = [*hooks, ("unembed.hook_in", partial(_pick, at=at))]
     return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, 0]
+
+
+def _pick(value: Tensor, hook: Any, at: Int[Tensor, "prompt"]) -> Tensor:
+    """One position of each prompt: to unembed all is expensive."""
+    return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)
 
 
 def qk_weights(model: Model) -> QKWeights:
