@@ -20,6 +20,7 @@ RUFF = str(Path(PYTHON).with_name("ruff"))
 PYTEST = (PYTHON, "-m", "pytest", "-n", "2")
 PYRIGHT = ROOT / "node_modules" / "pyright" / "index.js"  # npm fetches it with the site
 NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "300", "--dist", "loadfile")
+SITE = ("tests/app/test_page.py", "tests/book/test_site.py")  # to read the others takes a while
 CODE = ("benchmarks", "scripts", "src", "tests")
 
 
@@ -46,7 +47,7 @@ PARTS = (  # the quick ones first; the site is built before it is tested
     Part("examples", ((PYTHON, "-m", "pytest", "--doctest-modules", "src"),), one=True),
     Part("unit tests", ((*PYTEST, "tests", "-m", "not site and not slow", "--dist", "loadfile"),)),
     Part("long tests", ((*PYTEST, "tests", "-m", "slow and not site", "--dist", "loadfile"),)),
-    Part("site tests", ((*PYTEST, "tests", "-m", "site", "--dist", "loadgroup"),)),
+    Part("site tests", ((*PYTEST, *SITE, "-m", "site", "--dist", "loadgroup"),)),
     Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
 )
 
