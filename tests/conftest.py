@@ -3,16 +3,17 @@
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers
 
 import pytest
-import torch
 
-from batches import plain_batch
-from random_models import ROTARY, SIZES, save_random_model
-from sparse_signals.core.model import Model, load_model
-from sparse_signals.core.prompts import Batch
+if TYPE_CHECKING:  # tests of pages need no torch, nor does the process that starts the others
+    import torch
+
+    from sparse_signals.core.model import Model
+    from sparse_signals.core.prompts import Batch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [  # works as root in a container, and asks no host for anything by itself
@@ -29,6 +30,8 @@ OPTIONS = [  # works as root in a container, and asks no host for anything by it
 @pytest.fixture(scope="session")
 def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """HF directories, without tokenizer, of the random models below."""
+    from random_models import ROTARY, SIZES, save_random_model
+
     root = tmp_path_factory.mktemp("models")
     return {
         "gpt2": save_random_model(root / "tiny-gpt2", "gpt2", **SIZES),
@@ -37,40 +40,54 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     }
 
 
+def float64(directory: Path) -> "Model":
+    import torch
+
+    from sparse_signals.core.model import load_model
+
+    return load_model(directory, device="cpu", dtype=torch.float64)
+
+
 @pytest.fixture(scope="session")
-def tiny_gpt2(tiny_directories: dict[str, Path]) -> Model:
+def tiny_gpt2(tiny_directories: dict[str, Path]) -> "Model":
     """Learned positions, LayerNorm, biases: 3 layers of 4 heads of 8."""
-    return load_model(tiny_directories["gpt2"], device="cpu", dtype=torch.float64)
+    return float64(tiny_directories["gpt2"])
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tiny_directories: dict[str, Path]) -> Model:
+def tiny_llama(tiny_directories: dict[str, Path]) -> "Model":
     """Rotary positions, RMSNorm, grouped keys (4 query heads, 2 key heads), no biases."""
-    return load_model(tiny_directories["llama"], device="cpu", dtype=torch.float64)
+    return float64(tiny_directories["llama"])
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(tiny_directories: dict[str, Path]) -> Model:
+def tiny_qwen2(tiny_directories: dict[str, Path]) -> "Model":
     """As tiny_llama, with query and key biases."""
-    return load_model(tiny_directories["qwen2"], device="cpu", dtype=torch.float64)
+    return float64(tiny_directories["qwen2"])
 
 
 @pytest.fixture(scope="session")
-def tokens() -> torch.Tensor:
+def tokens() -> "torch.Tensor":
     """Eight prompts of up to twelve random tokens, padded on the right."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 50, (8, 12), generator=generator)
 
 
 @pytest.fixture(scope="session")
-def mask(tokens: torch.Tensor) -> torch.Tensor:
+def mask(tokens: "torch.Tensor") -> "torch.Tensor":
     """Which of `tokens` are not padding: lengths 5 to 12."""
+    import torch
+
     return torch.arange(12) < torch.arange(5, 13)[:, None]
 
 
 @pytest.fixture(scope="session")
-def batch(tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
+def batch(tokens: "torch.Tensor", mask: "torch.Tensor") -> "Batch":
     """`tokens` as prompts, without text, roles or names."""
+    from batches import plain_batch
+
     return plain_batch(tokens, mask)
 
 

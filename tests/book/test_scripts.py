@@ -225,12 +225,46 @@ def test_check_runs_every_part_times_it_and_fails_where_one_failed(capfd):
     assert check.main((part("only", "0"),)) == 0
 
 
+def test_parts_of_one_core_run_beside_each_other_and_speak_in_turn(tmp_path, capfd):
+    """Each waits for the other to have begun."""
+    program = """if True:
+        import pathlib, sys, time
+        mine, other, code = sys.argv[1:]
+        print(mine, "begins", flush=True)
+        pathlib.Path(mine).touch()
+        end = time.monotonic() + 60
+        while not pathlib.Path(other).exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        print(mine, "ends", file=sys.stderr)
+        sys.exit(int(code))"""
+
+    def part(name, mine, other, code):
+        names = (str(tmp_path / mine), str(tmp_path / other))
+        return check.Part(name, ((sys.executable, "-c", program, *names, code),), one=True)
+
+    last = check.Part("last", ((sys.executable, "-c", "print('after both')"),))
+    assert check.main((part("slow", "a", "b", "1"), part("quick", "b", "a", "0"), last)) == 1
+    printed = capfd.readouterr().out
+    said = re.findall(r"(?:── |/)(\w+(?: begins| ends)?)$", printed, re.MULTILINE)
+    assert said[:7] == ["slow", "a begins", "a ends", "quick", "b begins", "b ends", "last"]
+    assert printed.index("── last") < printed.index("after both")
+    assert re.findall(r"(\w+) +\d+ s   (\w+)", printed) == [
+        ("slow", "FAILED"), ("quick", "good"), ("last", "good")
+    ]  # fmt: skip
+
+
+MARK = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.site", re.MULTILINE)
+
+
 def test_every_test_is_in_one_part_and_the_site_is_built_before_its_own():
     names = [part.name for part in check.PARTS]
-    chosen = {part.name: part.commands[0][5:8] for part in check.PARTS}
-    assert chosen["unit tests"] == ("tests", "-m", "not site and not slow")
-    assert chosen["long tests"] == ("tests", "-m", "slow and not site")
-    assert chosen["site tests"] == ("tests", "-m", "site")
+    chosen = {part.name: part.commands[0][5:] for part in check.PARTS}
+    marked = [p for p in (ROOT / "tests").rglob("test_*.py") if MARK.search(p.read_text())]
+    assert chosen["unit tests"][:3] == ("tests", "-m", "not site and not slow")
+    assert chosen["long tests"][:3] == ("tests", "-m", "slow and not site")
+    assert chosen["site tests"][:4] == (*check.SITE, "-m", "site")
+    assert sorted(str(path.relative_to(ROOT)) for path in marked) == sorted(check.SITE)
     assert names.index("site") < names.index("site tests")
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from drawing import title
 from sparse_signals.charts.attention import (
     attention_explorer,
     log_odds,
@@ -43,7 +44,7 @@ def attention(favourite: int) -> pd.DataFrame:
 
 def text(chart) -> str:
     """The title of a chart in one line."""
-    return " ".join(chart.to_dict()["title"]["text"]).replace("\u00a0", " ")
+    return title(chart).replace("\u00a0", " ")
 
 
 def test_tokens_are_labelled_with_place_text_and_roles(roles):
@@ -133,11 +134,11 @@ def parts(content: float) -> pd.DataFrame:
 
 
 def test_parts_chart_says_which_parts_are_nothing():
-    title = text(part_shares(parts(0.75)))
-    assert "content 75 %, source 25 %" in title
-    assert "destination and constant exactly nothing" in title
+    chart = part_shares(parts(0.75))
+    assert "content 75 %, source 25 %" in text(chart)
+    assert "destination and constant exactly nothing" in text(chart)
     assert "source, destination and constant exactly nothing" in text(part_shares(parts(1)))
-    assert part_shares(parts(0.75)).to_dict()["description"]
+    assert chart.to_dict()["description"]
 
 
 def shares(mine: list[float]) -> pd.DataFrame:

@@ -1,17 +1,15 @@
 """Charts of chapter 2: they build, say what they show, and their title follows the data."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from drawing import title
 from sparse_signals.charts import heads as charts
 
 NAMES = [("0.0", 0, 0), ("0.1", 0, 1), ("1.0", 1, 0)]
-
-
-def title(chart):
-    text = chart.to_dict()["title"]["text"]
-    return " ".join(text) if isinstance(text, list) else text
 
 
 def rng(seed):
@@ -72,48 +70,55 @@ def listeners(seed):
     return charts.listeners(table.assign(count=3), "0.1", 1)
 
 
+@cache
+def chart_of(make, seed=0):
+    return make(seed)
+
+
+@cache
+def spec_of(make):
+    return chart_of(make).to_dict()
+
+
 CHARTS = [outer_products, head_spectra, published_flatness, partial_sums, choices, stability,
           listeners]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", CHARTS)
 def test_chart_has_a_title_and_a_description(make):
-    spec = make(0).to_dict()
-    assert len(title(make(0))) > 30
-    assert title(make(0)) in spec["description"]
+    assert len(title(chart_of(make))) > 30
+    assert title(chart_of(make)) in spec_of(make)["description"]
 
 
 @pytest.mark.parametrize("make", CHARTS)
 def test_title_follows_the_data(make):
-    assert len({title(make(seed)) for seed in range(4)}) > 1
+    assert len({title(chart_of(make, seed)) for seed in range(4)}) > 1
 
 
 @pytest.mark.parametrize("make", CHARTS)
 def test_specs_stay_small(make):
-    assert len(str(make(0).to_dict())) < 60_000
+    assert len(str(spec_of(make))) < 60_000
 
 
 def test_grid_can_be_clicked_or_chosen_from_lists():
-    params = {p["name"]: p for p in head_spectra(0).to_dict()["params"]}
+    params = {p["name"]: p for p in spec_of(head_spectra)["params"]}
     assert params["chosen_name"]["bind"]["name"]["options"] == ["0.0", "0.1", "1.0"]
     assert params["chosen_name"]["select"]["on"] == "click"
     assert params["against"]["bind"]["options"] == ["shape", "norms"]
 
 
 def test_slider_opens_where_the_scores_are_nearly_right():
-    spec = partial_sums(0).to_dict()
-    assert spec["params"][0]["value"] == 3
-    assert "first 3 of 3" in title(partial_sums(0))
+    assert spec_of(partial_sums)["params"][0]["value"] == 3
+    assert "first 3 of 3" in title(chart_of(partial_sums))
 
 
 def test_listeners_show_both_ends_of_every_pair():
-    tables = listeners(0).to_dict()["datasets"].values()
+    tables = spec_of(listeners)["datasets"].values()
     assert [len(rows) for rows in tables] == [2 * 2 * charts.LISTED] * 2
 
 
 def test_scores_are_centred_at_zero():
-    spec = partial_sums(0).to_dict()
-    low, high = spec["vconcat"][0]["encoding"]["color"]["scale"]["domain"]
+    low, high = spec_of(partial_sums)["vconcat"][0]["encoding"]["color"]["scale"]["domain"]
     assert low == -high < 0
 
 

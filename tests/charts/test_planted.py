@@ -1,13 +1,13 @@
 """Charts of the appendix: they draw from small frames, and their titles follow the data."""
 
+from copy import deepcopy
 from functools import cache
 
 import pandas as pd
 import pytest
 import vl_convert
 
-from drawing import drawn
-from drawing import spec as spec_of
+from drawing import drawn, spec, title
 from sparse_signals.charts import planted as charts
 from sparse_signals.planted.circuits import planted
 from sparse_signals.planted.scoring import (
@@ -21,15 +21,11 @@ from sparse_signals.planted.scoring import (
 METHODS = ("exact", "whole score", "loudest")
 
 
-def text(chart) -> str:
-    return " ".join(chart.to_dict()["title"]["text"])
-
-
 def with_value(chart, name, value):
     """The chart as it is after a menu was used."""
-    spec = spec_of(chart)
-    next(p for p in spec["params"] if p["name"] == name)["value"] = value
-    return vl_convert.vegalite_to_svg(spec, vl_version="6.4")
+    changed = deepcopy(spec(chart))
+    next(p for p in changed["params"] if p["name"] == name)["value"] = value
+    return vl_convert.vegalite_to_svg(changed, vl_version="6.4")
 
 
 @cache
@@ -46,7 +42,7 @@ def circuits():
 
 def test_picture_counts_edges_and_draws_one_circuit_at_a_time(circuits):
     chart = charts.planted_circuits(*circuits)
-    assert "6 edges (inhibition), 12 edges (redundant)" in text(chart)
+    assert "6 edges (inhibition), 12 edges (redundant)" in title(chart)
     assert ">3.0<" not in drawn(chart) and ">3.0<" in with_value(chart, "circuit", "redundant")
 
 
@@ -69,9 +65,9 @@ def test_attention_title_never_promises_more_than_there_is():
     looks = drawn_attention(case("inhibition"))
     assert looks.groupby("head")["planted"].sum().eq(1).all()
     chart = charts.attention_squares(looks)
-    assert "at least 99.9" in text(chart) and "0 &lt;start&gt;" in drawn(chart)
+    assert "at least 99.9" in title(chart) and "0 &lt;start&gt;" in drawn(chart)
     looks.loc[looks["planted"], "attention"] = 0.5129
-    assert "at least 51.2" in text(charts.attention_squares(looks))
+    assert "at least 51.2" in title(charts.attention_squares(looks))
 
 
 def scores(exact=1.0, **columns):
@@ -91,7 +87,7 @@ def scores(exact=1.0, **columns):
 @pytest.mark.parametrize(("exact", "found"), [(1.0, "exact"), (0.9, "none")])
 def test_scoreboard_names_who_is_perfect(exact, found):
     chart = charts.scoreboard(scores(exact))
-    assert text(chart).endswith(f"(head edges): {found}")
+    assert title(chart).endswith(f"(head edges): {found}")
     assert f">{exact:.2f}<" in drawn(chart)
 
 
@@ -110,8 +106,8 @@ def fates(share):
 def test_noise_title_speaks_of_the_noise_that_loses_half(share):
     table = pd.concat([scores(noise=0.0), scores(0.8, noise=0.05)])
     chart = charts.noise_curves(table, fates(share))
-    assert "at noise 0.05 the model answers 50" in text(chart) and "80" in text(chart)
-    assert chart.to_dict()["params"]
+    assert "at noise 0.05 the model answers 50" in title(chart) and "80" in title(chart)
+    assert spec(chart)["params"]
     assert "reader silent" in drawn(chart)
 
 
@@ -120,8 +116,8 @@ def test_fates_have_the_names_of_the_module():
 
 
 def test_noise_methods_can_be_chosen_without_a_mouse():
-    spec = charts.noise_curves(pd.concat([scores(noise=0.0), scores(noise=0.05)]), fates(0.2))
-    menus = [p["bind"] for p in spec.to_dict()["params"] if "bind" in p]
+    chart = charts.noise_curves(pd.concat([scores(noise=0.0), scores(noise=0.05)]), fates(0.2))
+    menus = [p["bind"] for p in spec(chart)["params"] if "bind" in p]
     assert [None, *METHODS] in [m.get("method", {}).get("options") for m in menus]
 
 
@@ -133,5 +129,5 @@ def test_cut_title_quotes_both_ends_and_the_usual_cut():
     ]
     table = pd.DataFrame(rows, columns=["circuit", "method", "share", "precision", "recall"])
     chart = charts.cut_curves(table, noise=0.03)
-    assert "at noise 0.03" in text(chart) and "0.65 and 0.70 at 0.7" in text(chart)
+    assert "at noise 0.03" in title(chart) and "0.65 and 0.70 at 0.7" in title(chart)
     assert drawn(chart).count("method: whole score; ") == 3 + 1  # points and a line

@@ -5,13 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from drawing import drawn
+from drawing import drawn, spec, title
 from sparse_signals.charts import signals as charts
 from sparse_signals.signals.slices import slice_table
-
-
-def text(chart) -> str:
-    return " ".join(chart.to_dict()["title"]["text"])
 
 
 def opened(silent):
@@ -28,7 +24,7 @@ def opened(silent):
 )
 def test_slice_bars_count_the_support(silent, found):
     chart = charts.slice_bars(opened(silent))
-    assert found in text(chart) and "in the support" in drawn(chart)
+    assert found in title(chart) and "in the support" in drawn(chart)
 
 
 def test_explorer_opens_on_the_last_token_of_the_named_head():
@@ -40,10 +36,10 @@ def test_explorer_opens_on_the_last_token_of_the_named_head():
     ]
     columns = ["prompt", "name", "dest", "src", "labels", "weights", "slices", "chosen"]
     chart = charts.score_explorer(pd.DataFrame(rows, columns=columns), head="1.2")
-    values = {p["name"]: p["value"] for p in chart.to_dict()["params"]}
+    values = {p["name"]: p["value"] for p in spec(chart)["params"]}
     assert values == {"pick_prompt": 0, "pick_name": "1.2", "pick_dest": 2}
     svg = drawn(chart)
-    assert "&lt;|x|&gt;" in svg and "it's" in svg and "value: -2.5" not in text(chart)
+    assert "&lt;|x|&gt;" in svg and "it's" in svg and "value: -2.5" not in title(chart)
 
 
 def sizes(silent):
@@ -56,7 +52,7 @@ def sizes(silent):
 @pytest.mark.parametrize(("silent", "found"), [(2, "in 2 of 2"), (9, "in 0 of 2")])
 def test_support_sizes_say_where_silence_is_smaller(silent, found):
     chart = charts.support_sizes(sizes(silent))
-    assert found in text(chart) and drawn(chart).count("aria-roledescription") > 5
+    assert found in title(chart) and drawn(chart).count("aria-roledescription") > 5
 
 
 def test_heads_can_be_chosen_by_menu():
@@ -77,7 +73,7 @@ def intervals(best):
 @pytest.mark.parametrize("best", ["SVD", "random rotation"])
 def test_measure_intervals_name_the_sparsest_basis(best):
     chart = charts.measure_intervals(intervals(best))
-    assert text(chart).endswith(best) and "random rotation" in drawn(chart)
+    assert title(chart).endswith(best) and "random rotation" in drawn(chart)
 
 
 def differences(high):
@@ -93,7 +89,7 @@ def differences(high):
 @pytest.mark.parametrize(("high", "found"), [(-0.5, "in 3 of 3"), (0.5, "in 0 of 3")])
 def test_head_differences_count_clear_heads(high, found):
     chart = charts.head_differences(differences(high))
-    assert found in text(chart) and "SVD sparser" in drawn(chart)
+    assert found in title(chart) and "SVD sparser" in drawn(chart)
 
 
 def test_head_differences_draw_the_busiest_heads_only():
@@ -108,7 +104,7 @@ def test_captured_says_where_the_median_reaches_ninety_percent():
     )
     both = pd.concat([one, one.assign(basis="other", share=share**4)])
     chart = charts.captured(both)
-    assert "3 (SVD)" in text(chart) and "4 (other)" in text(chart) and drawn(chart)
+    assert "3 (SVD)" in title(chart) and "4 (other)" in title(chart) and drawn(chart)
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.9, "uses 4 of its 4"), (0.1, "uses 0 of its 4")])
@@ -117,7 +113,7 @@ def test_vectors_in_use_count_the_frequent_ones(share, found):
         (n, k, p, share) for n in ("0.0", "0.1") for k in range(4) for p in ("firing", "silent")
     ]
     chart = charts.vectors_in_use(pd.DataFrame(rows, columns=["name", "k", "pairs", "share"]))
-    assert found in text(chart) and drawn(chart)
+    assert found in title(chart) and drawn(chart)
 
 
 def test_token_signals_give_the_auc_and_its_chance_line():
@@ -126,5 +122,5 @@ def test_token_signals_give_the_auc_and_its_chance_line():
          "strength": [3.0, 1, 2.5, -1]}
     )  # fmt: skip
     chart = charts.token_signals(words, 0.987, "0.6 [0.5, 0.7]")
-    assert "AUC 0.99" in text(chart) and "0.6 [0.5, 0.7]" in text(chart)
+    assert "AUC 0.99" in title(chart) and "0.6 [0.5, 0.7]" in title(chart)
     assert "Mary" in drawn(chart)

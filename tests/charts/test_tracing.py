@@ -2,6 +2,8 @@
 
 import json
 import re
+from copy import deepcopy
+from functools import cache
 from itertools import pairwise
 
 import pandas as pd
@@ -93,7 +95,7 @@ def test_dots_have_a_row_each():
 
 def with_values(chart, version="6.4", **params) -> str:
     """The chart as SVG, with other values of its parameters."""
-    changed = spec(chart)
+    changed = deepcopy(spec(chart))
     for param in changed["params"]:
         param["value"] = params.get(param["name"], param.get("value"))
     return vl_convert.vegalite_to_svg(changed, vl_version=version)
@@ -102,6 +104,19 @@ def with_values(chart, version="6.4", **params) -> str:
 def marks(svg: str, group: str) -> str:
     """What a named group of marks holds."""
     return re.search(rf'<g class="mark-\w+ role-mark {group}_marks"[^>]*>(.*?)</g>', svg)[1]
+
+
+@cache
+def circuit(n: int):
+    """`n` edges, and their graph."""
+    edges = made_up.pooled_edges(n)
+    return edges, charts.circuit_graph(edges)
+
+
+@cache
+def of_a_prompt():
+    edges = made_up.prompt_edges(60)
+    return edges, charts.prompt_graph(edges, made_up.TOKENS)
 
 
 def node_names(edges: pd.DataFrame) -> set[str]:
@@ -116,8 +131,8 @@ def places(table: pd.DataFrame, columns: list[str]) -> graph.Layout:
 @pytest.mark.parametrize("version", ["5.8", "6.4"])
 @pytest.mark.parametrize("n", [40, 600])
 def test_every_node_is_drawn_and_labelled(n, version):
-    edges = made_up.pooled_edges(n)
-    svg = with_values(charts.circuit_graph(edges), version, prune=0)
+    edges, chart = circuit(n)
+    svg = with_values(chart, version, prune=0)
     names = node_names(edges)
     assert sorted(NODE.findall(svg)) == sorted(names)
     labels = re.findall(r"<text[^>]*>([^<]+)</text>", marks(svg, "labels"))
@@ -159,9 +174,9 @@ def test_labels_are_words_where_they_fit():
 
 
 def test_slider_opens_at_about_forty_edges():
-    edges = made_up.pooled_edges(600)
+    edges, chart = circuit(600)
     prune = graph.default_prune(100 * edges["prompts"] / edges["of"])
-    svg = with_values(charts.circuit_graph(edges))
+    svg = with_values(chart)
     kept = edges[100 * edges["prompts"] / edges["of"] >= prune]
     assert 30 <= len(kept) <= 50
     assert svg.count("mark-line role-mark layer_0_marks") == len(kept)
@@ -202,10 +217,10 @@ def test_edges_between_the_same_nodes_are_drawn_apart():
 
 @pytest.mark.parametrize("active", [{"chosen": "MLP 0 at end"}, {"pinned": "MLP 0 at end"}])
 def test_an_active_node_lights_its_edges_and_neighbours(active):
-    edges = made_up.pooled_edges(300)
+    edges, chart = circuit(300)
     ((name, node),) = active.items()
     value = [{"node": node}] if name == "pinned" else node
-    svg = with_values(charts.circuit_graph(edges), prune=0, **{name: value})
+    svg = with_values(chart, prune=0, **{name: value})
     table = charts.named_edges(edges)
     lit = table[(table["writer"] == node) | (table["reader"] == node)]
     assert len(lit) > 1
@@ -216,8 +231,8 @@ def test_an_active_node_lights_its_edges_and_neighbours(active):
 
 
 def test_spec_is_small_canonical_and_takes_categories():
-    edges = made_up.pooled_edges(600)
-    small = spec(charts.circuit_graph(edges))
+    edges, chart = circuit(600)
+    small = spec(chart)
     assert len(json.dumps(small)) < 400_000
     names = ["upstream", "downstream", "side"]
     other = edges.astype(dict.fromkeys(names, "category"))
@@ -225,12 +240,11 @@ def test_spec_is_small_canonical_and_takes_categories():
 
 
 def test_graphs_can_be_used_by_keyboard():
-    params = {
-        p["name"]: p for p in charts.circuit_graph(made_up.pooled_edges(60)).to_dict()["params"]
-    }
+    edges, chart = circuit(40)
+    params = {param["name"]: param for param in spec(chart)["params"]}
     assert params["prune"]["bind"]["input"] == "range"
     assert params["chosen"]["bind"]["options"][0] is None
-    assert set(params["chosen"]["bind"]["options"][1:]) == node_names(made_up.pooled_edges(60))
+    assert set(params["chosen"]["bind"]["options"][1:]) == node_names(edges)
 
 
 def test_columns_follow_the_order_and_unknown_roles_come_first():
@@ -244,8 +258,8 @@ def test_columns_follow_the_order_and_unknown_roles_come_first():
 
 @pytest.mark.parametrize("version", ["5.8", "6.4"])
 def test_prompt_graph_has_a_column_for_every_token(version):
-    edges = made_up.prompt_edges(60)
-    svg = with_values(charts.prompt_graph(edges, made_up.TOKENS), version, prune=0)
+    edges, chart = of_a_prompt()
+    svg = with_values(chart, version, prune=0)
     assert "0 &lt;|endoftext|&gt;" in svg and "13 to" in svg
     label = {pos: f"{pos} {token.strip()}" for pos, token in enumerate(made_up.TOKENS)}
     nodes = set(edges["upstream"] + " at " + edges["token"].map(label))

@@ -12,7 +12,7 @@ from random_models import ROTARY, SIZES, save_random_model
 from reference import centred_gap, plain_logits, projected, score_gap
 from sparse_signals.core import model as models
 from sparse_signals.core.checkpoints import ModelError
-from sparse_signals.core.model import HOOKS, activations, load_model, logits, qk_weights
+from sparse_signals.core.model import HOOKS, Model, activations, load_model, logits, qk_weights
 from sparse_signals.core.rotary import rotate, rotation
 
 KINDS = ("gpt2", "llama", "qwen2")
@@ -29,8 +29,9 @@ TOKENS = torch.randint(0, 50, (5, 9), generator=torch.Generator().manual_seed(0)
 
 @pytest.fixture(scope="session")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of the size of GPT-2 small."""
+    """A random model of the size of GPT-2 small, but for its vocabulary."""
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes |= {"vocab_size": 1000}
     return save_random_model(tmp_path_factory.mktemp("models") / "full-size", "gpt2", **sizes)
 
 
@@ -150,17 +151,16 @@ def test_padding_and_batching_change_nothing(request, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_and_precision_drift_little(tiny_directories, kind):
-    def scores(dtype: torch.dtype, threads: int) -> torch.Tensor:
+def test_threads_and_precision_drift_little(request, tiny_directories, kind):
+    def scores(model: Model, threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
-        model = load_model(tiny_directories[kind], "cpu", dtype)
         return activations(model, TOKENS, ["scores"])["scores"].double().tril()
 
+    double = request.getfixturevalue(f"tiny_{kind}")
+    float32 = load_model(tiny_directories[kind], "cpu", torch.float32)
     before = torch.get_num_threads()
     try:
-        one, two, single = (
-            scores(d, n) for d, n in ((torch.float64, 1), (torch.float64, 2), (torch.float32, 1))
-        )
+        one, two, single = (scores(m, n) for m, n in ((double, 1), (double, 2), (float32, 1)))
     finally:
         torch.set_num_threads(before)
     assert (one - two).abs().max() < 1e-12
@@ -177,7 +177,7 @@ def test_unknown_activations_and_long_prompts_are_refused(tiny_gpt2):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_size_gpt2(full_size, dtype):
-    tokens = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 1000, (2, 17), generator=torch.Generator().manual_seed(0))
     model = load_model(full_size, "cpu", dtype)
     assert (model.n_layers, model.n_heads, model.d_head) == (12, 12, 64)
     assert centred_gap(logits(model, tokens), plain_logits(full_size, tokens, dtype)[:, -1]) < 1e-4

@@ -90,7 +90,7 @@ def gap(model, batch, prompt, changes, probes=(), freeze_norms=False):
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_one_change(request, batch, kind, site, layer):
     model = request.getfixturevalue(kind)
-    prompt, changes = random_changes(model, batch, 60, most=1)
+    prompt, changes = random_changes(model, batch, 40, most=1)
     changes = [(row, layer, *rest) for row, _, *rest in changes if rest[0] == site]
     rows = {change[0]: n for n, change in enumerate(changes)}
     prompt = prompt[list(rows)]

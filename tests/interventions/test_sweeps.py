@@ -27,8 +27,8 @@ def table(case):
     return run(case)
 
 
-def some_edges(case):
-    return case.traced.edges.groupby("prompt").head(8)
+def some_edges(case, n=8):
+    return case.traced.edges.groupby("prompt").head(n)
 
 
 def run(case, edges=None, plan=PLAN, **options):
@@ -54,7 +54,7 @@ def test_signals_have_the_effects_of_intervene_on(case, table):
 
 
 def test_chunks_do_not_matter(case, table, monkeypatch):
-    monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**21)
+    monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**22)  # of three prompts each
     order = ["control", "repeat", "scope", "mode", "edge"]
     chunked = run(case).sort_values(order).reset_index(drop=True)
     whole = table.sort_values(order).reset_index(drop=True)
@@ -64,7 +64,7 @@ def test_chunks_do_not_matter(case, table, monkeypatch):
 
 def test_an_interrupted_sweep_goes_on(case, monkeypatch, tmp_path):
     monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**21)
-    done, real = [], clean_run
+    edges, done, real = some_edges(case, 2), [], clean_run
 
     def stop_after_two(model, batch, rows):
         if len(done) == 2:
@@ -74,22 +74,23 @@ def test_an_interrupted_sweep_goes_on(case, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "clean_run", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
-        run(case, plan=Plan(), folder=tmp_path)
+        run(case, edges, Plan(), folder=tmp_path)
     again = []
     monkeypatch.setattr(module, "clean_run", lambda *args: again.append(args[2]) or real(*args))
-    resumed = run(case, plan=Plan(), folder=tmp_path)
+    resumed = run(case, edges, Plan(), folder=tmp_path)
     assert len(done) == 2 and again and not set(map(str, done)) & set(map(str, again))
     monkeypatch.setattr(module, "clean_run", None)
-    pd.testing.assert_frame_equal(run(case, plan=Plan(), folder=tmp_path), resumed)
+    pd.testing.assert_frame_equal(run(case, edges, Plan(), folder=tmp_path), resumed)
     with pytest.raises(TypeError):  # other edges are another sweep
         run(case, case.traced.edges.head(5), Plan(), folder=tmp_path)
 
 
 def test_chunks_of_another_size_are_another_sweep(case, monkeypatch, tmp_path):
+    edges = some_edges(case, 2)
     monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**21)
-    small = run(case, plan=Plan(), folder=tmp_path)
+    small = run(case, edges, Plan(), folder=tmp_path)
     monkeypatch.setattr("sparse_signals.core.run.CHUNK_BYTES", 2**22)
-    assert len(run(case, plan=Plan(), folder=tmp_path)) == len(small)
+    assert len(run(case, edges, Plan(), folder=tmp_path)) == len(small)
 
 
 def test_no_edges_give_an_empty_table(case, table):

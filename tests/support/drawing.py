@@ -19,7 +19,7 @@ def spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
 
 def title(chart: alt.TopLevelMixin) -> str:
     """The title of a chart on one line."""
-    return " ".join(spec(chart)["title"]["text"])
+    return " ".join(chart["title"]["text"])
 
 
 def drawn(chart: alt.TopLevelMixin) -> str:

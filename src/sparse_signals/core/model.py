@@ -7,7 +7,7 @@ no centring there. What the method needs folded is folded by `heads.svd`, in flo
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -290,18 +290,15 @@ def activations(
     points = HOOKS | ROTATED if model.rotary else HOOKS
     kept: dict[str, Tensor] = {}
 
-    def keeper(name: str, layer: int, rows: slice) -> Callable[..., None]:
-        def keep(value: Tensor, hook: Any) -> None:
-            value = _arranged(model, name, value)
-            if name not in kept:
-                kept[name] = value.new_empty(model.n_layers, len(tokens), *value.shape[1:])
-            kept[name][layer, rows] = value
-
-        return keep
+    def keep(value: Tensor, hook: Any, name: str, layer: int, rows: slice) -> None:
+        value = _arranged(model, name, value)
+        if name not in kept:
+            kept[name] = value.new_empty(model.n_layers, len(tokens), *value.shape[1:])
+        kept[name][layer, rows] = value
 
     for rows, batch in _batches(model, tokens, progress):
         hooks = [
-            (f"blocks.{layer}.{points[name]}", keeper(name, layer, rows))
+            (f"blocks.{layer}.{points[name]}", partial(keep, name=name, layer=layer, rows=rows))
             for name in names
             for layer in range(model.n_layers)
         ]
@@ -355,36 +352,39 @@ def _run(
     at: Int[Tensor, "prompt"],
     hooks: Collection[tuple[str, Callable[..., Any]]] = (),
 ) -> Float[Tensor, "prompt vocab"]:
-    def pick(value: Tensor, hook: Any) -> Tensor:  # unembed one position only, it is expensive
-        return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)
-
-    hooks = [*hooks, ("unembed.hook_in", pick)]
+    hooks = [*hooks, ("unembed.hook_in", partial(_pick, at=at))]
     return model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, 0]
+
+
+def _pick(value: Tensor, hook: Any, at: Int[Tensor, "prompt"]) -> Tensor:
+    """One position of each prompt: to unembed all is expensive."""
+    return value[torch.arange(len(value), device=value.device), at].unsqueeze(1)
 
 
 def qk_weights(model: Model) -> QKWeights:
     """Query and key weights, norm gain and shift, and score divisor of every head, in float64."""
     blocks = model.bridge.blocks
     groups = model.n_heads // model.n_kv_heads
-
-    def stack(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).detach().double()
-
-    def biases(name: str, heads: int) -> Tensor:
-        zero = torch.zeros(heads, model.d_head, device=model.device)
-        found = [getattr(block.attn, name) for block in blocks]
-        return stack([zero if bias is None else bias for bias in found])
-
-    gain = stack([block.ln1.w for block in blocks])
+    gain = _stacked([block.ln1.w for block in blocks])
     shifts = [getattr(block.ln1, "b", None) for block in blocks]
     shifts = [shift for shift in shifts if shift is not None]
     return QKWeights(
-        W_Q=stack([block.attn.W_Q for block in blocks]),
-        b_Q=biases("b_Q", model.n_heads),
-        W_K=stack([block.attn.W_K for block in blocks]).repeat_interleave(groups, dim=1),
-        b_K=biases("b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
+        W_Q=_stacked([block.attn.W_Q for block in blocks]),
+        b_Q=_biases(model, "b_Q", model.n_heads),
+        W_K=_stacked([block.attn.W_K for block in blocks]).repeat_interleave(groups, dim=1),
+        b_K=_biases(model, "b_K", model.n_kv_heads).repeat_interleave(groups, dim=1),
         gain=gain,
-        shift=stack(shifts) if shifts else torch.zeros_like(gain),
+        shift=_stacked(shifts) if shifts else torch.zeros_like(gain),
         divisor=model.divisor,
         centred=not blocks[0].ln1.uses_rms_norm,
     )
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).detach().double()
+
+
+def _biases(model: Model, name: str, heads: int) -> Tensor:
+    zero = torch.zeros(heads, model.d_head, device=model.device)
+    found = [getattr(block.attn, name) for block in model.bridge.blocks]
+    return _stacked([zero if bias is None else bias for bias in found])

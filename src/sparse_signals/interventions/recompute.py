@@ -321,11 +321,8 @@ def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) 
     layers, norm = attention_layers(model), model.bridge.blocks[layer].ln1
     xs = [g.add_stream(x, layer, PRE, slice(0, g.length)) for g, x in zip_(groups, xs)]
     old = [g.clean_at(pre, slice(0, x.shape[1])) for g, x in zip_(groups, xs)] if freeze else []
-
-    def read(x: Stream, *old: Stream) -> Stream:
-        return _normalised(model, norm, x, *old) @ layers.W_in[layer] + layers.b_in[layer]
-
-    qkv = _by_token(read, xs, old)
+    W, b = layers.W_in[layer], layers.b_in[layer]
+    qkv = _by_token(lambda x, *old: _normalised(model, norm, x, *old) @ W + b, xs, old)
     z = [group.attend(inputs, layer) for group, inputs in zip_(groups, qkv)]
     out = _by_token(lambda z: z @ layers.W_out[layer] + layers.b_out[layer], z)
     return [g.at_asked(x, layer) + more for g, x, more in zip_(groups, xs, out)]
