@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from evidence import LITTLE, MUCH, Evidence
+from evidence import LOGIT, Evidence
 
 Table = pd.DataFrame
 
@@ -71,13 +71,10 @@ def seed_table(found: dict[int, Evidence]) -> Table:
     return pd.concat([table, pd.DataFrame(rows, columns=table.columns)], ignore_index=True)
 
 
-def redundant_pairs(chosen: Evidence, n: int = 5) -> Table:
-    """The pairs of heads that lose most together, of those that lose little each."""
-    pairs, whole = chosen.pairs, clean_difference(chosen)
-    little = (pairs[["a alone", "b alone"]] > -LITTLE * whole).all(axis=1)
-    kept = pairs[little & (pairs["both"] < -MUCH * whole)]
-    kept = kept[kept["both"] < 2 * (kept["a alone"] + kept["b alone"])]
-    return kept.sort_values("both").head(n)
+def redundant_pairs(chosen: Evidence, n: int = 3) -> Table:
+    """The most redundant pairs by each measure."""
+    pairs = chosen.pairs.dropna(subset="ratio").sort_values("ratio", ascending=False)
+    return pairs.groupby("measure").head(n)
 
 
 def clean_difference(chosen: Evidence) -> float:
@@ -90,8 +87,8 @@ def roles(chosen: Evidence) -> Table:
     """The roles of Wang et al. 2022 and the heads of this model that have them, by stated rules."""
     heads, whole = chosen.heads, clean_difference(chosen)
     written, at = heads["direct attribution"], heads.set_index("head")
-    gathers = (heads["END→IO"] > 0.3) & (heads["END→IO"] > 2 * heads["END→S1"])
-    pairs = redundant_pairs(chosen, n=len(chosen.pairs))
+    gathers = (heads["END→IO"] > 0.2) & (heads["END→IO"] > 2 * heads["END→S1"])
+    pairs = chosen.pairs[(chosen.pairs["ratio"] > 2) & (chosen.pairs["measure"] == LOGIT)]
     backups = sorted({*pairs["a"], *pairs["b"]} & set(at.index[(gathers & (written > 0)).tolist()]))
     rules = [
         ("duplicate token", "S2→S1 above 0.3, below 0.1 where S1 is replaced",
@@ -101,7 +98,7 @@ def roles(chosen: Evidence) -> Table:
         ("previous token", "S1+1→S1 above 0.5", heads["S1+1→S1"] > 0.5),
         ("S-inhibition", "END→S2 above 0.3, below 0.1 to another who is named last",
          (heads["END→S2"] > 0.3) & (heads["END→last named"] < 0.1)),
-        ("name mover", "END→IO above 0.3 and twice END→S1, writes in favour of IO",
+        ("name mover", "END→IO above 0.2 and twice END→S1, writes in favour of IO",
          gathers & (written > 0)),
         ("negative name mover",
          "END→IO above 0.1, writes 2 % of the logit difference or more against IO",
@@ -110,6 +107,6 @@ def roles(chosen: Evidence) -> Table:
     rows = [
         (role, rule, ", ".join(heads["head"][which]) or "absent") for role, rule, which in rules
     ]
-    rule = "a name mover of a pair that loses more than twice as much together as alone"
+    rule = "name mover; with another, loses twice the sum of the logit difference"
     rows.append(("backup name mover", rule, ", ".join(backups) or "absent"))
     return pd.DataFrame(rows, columns=["role in GPT-2 small", "rule here", "heads"])

@@ -13,9 +13,11 @@ import random
 import shutil
 from bisect import bisect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -50,7 +52,7 @@ class Lesson:
 LESSONS = (
     Lesson("drill", 1, 120),  # is this name on the list already?
     Lesson("naming", 2, 480),  # who is named twice? in a code of its own
-    Lesson("answers", 4, 700),  # who comes next?
+    Lesson("answers", 4, 1100),  # who comes next?
 )
 
 
@@ -72,7 +74,9 @@ class Recipe:
     naming_weight: float = 1.0  # of the naming lesson, once answers are asked for
     learnt_rate: float = 0.1  # of the learning rates, for what earlier lessons taught
     mlp_rate: float = 0.05  # of the learning rates, for the MLPs of the last lesson
-    copying: float = 0.3  # W_O = this · W_Vᵀ at the start, in the layers of the last lesson
+    hinted: int = 3  # heads of each layer of the last lesson that start with a hint
+    copying: float = 0.3  # W_O = this · W_Vᵀ is part of it
+    dropout: float = 0.15  # of whole heads of these layers
 
     @property
     def steps(self) -> int:
@@ -107,12 +111,14 @@ class Run:
 def build_model(recipe: Recipe, vocabulary: int) -> Run:
     """GPT-2 with fan-in initialisation, smooth positions, and hints of what heads may become.
 
-    W_K = W_Q in half of the heads of the first layers: a token finds its like. In the others
-    W_K = −R⊤W_Q, R the rotation in which the naming lesson has names written: a token avoids whom
-    its message names; and W_O = c W_V⊤, a head copies. New layers start as good as the identity.
+    W_K = W_Q in half of the heads of the first layers: a token finds its like. In the hinted heads
+    of the others W_Q = −R W_K, R the rotation in which the naming lesson has names written: a
+    token avoids whom its message names, and after the first of these layers also, −(R + 1) W_K/√2,
+    whom it holds already; W_O = c W_V⊤, so the head copies. What else is new starts at zero.
     """
     torch.manual_seed(recipe.seed)
-    width, half, layers = recipe.width, recipe.width // 2, recipe.lessons[-1].layers
+    width, layers = recipe.width, recipe.lessons[-1].layers
+    half, hinted = width // 2, width // recipe.heads * recipe.hinted
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=recipe.context, n_embd=width, n_inner=recipe.inner,
         n_layer=layers, n_head=recipe.heads, bos_token_id=0, eos_token_id=0,
@@ -135,9 +141,9 @@ def build_model(recipe: Recipe, vocabulary: int) -> Run:
             if layer < recipe.learnt:
                 K[:, :half] = Q[:, :half]
             else:
-                K.copy_(-Q)
-                Q.copy_(code @ Q)
-                block.attn.c_proj.weight.copy_(recipe.copying * V.T)
+                avoids = code if layer == recipe.learnt else (code + torch.eye(width)) / 2**0.5
+                Q[:, :hinted] = -avoids @ K[:, :hinted]
+                block.attn.c_proj.weight[:hinted] = recipe.copying * V[:, :hinted].T
     return Run(model, code)
 
 
@@ -217,6 +223,22 @@ def depth(model: GPT2LMHeadModel, layers: int) -> Iterator[None]:
         model.transformer.h = blocks
 
 
+@contextmanager
+def dropped(run: Run, recipe: Recipe) -> Iterator[None]:
+    """Leave whole heads of the last lesson's layers out, at random for every story."""
+    random_heads = torch.Generator().manual_seed(run.step)
+
+    def drop(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        z = inputs[0].unflatten(-1, (recipe.heads, -1))
+        kept = torch.rand(len(z), 1, recipe.heads, 1, generator=random_heads) >= recipe.dropout
+        return ((z * kept / (1 - recipe.dropout)).flatten(-2),)
+
+    with ExitStack() as stack:
+        for block in run.model.transformer.h[recipe.learnt :]:
+            stack.enter_context(block.attn.c_proj.register_forward_pre_hook(drop))
+        yield
+
+
 def loss_of(run: Run, recipe: Recipe, rows: Rows) -> tuple[Tensor, float]:
     """The loss of a step, and the share of the lesson's own questions that is answered right.
 
@@ -225,7 +247,7 @@ def loss_of(run: Run, recipe: Recipe, rows: Rows) -> tuple[Tensor, float]:
     """
     number, _ = recipe.lesson(run.step)
     last, body, E = number == len(recipe.lessons) - 1, run.model.transformer, run.model.lm_head
-    with depth(run.model, recipe.lessons[number].layers):
+    with dropped(run, recipe), depth(run.model, recipe.lessons[number].layers):
         output = body(rows.tokens, output_hidden_states=last)
     after, kept = rows.tokens[:, 1:], rows.mask[:, 1:]
     words = E(output.last_hidden_state[:, :-1])[kept]
@@ -305,7 +327,8 @@ def train(recipe: Recipe, path: Path, every: int = 100) -> GPT2LMHeadModel:
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe.context)
     run = start(recipe, path, len(tokenizer))
-    with tqdm(desc=f"seed {recipe.seed}", initial=run.step, total=recipe.steps) as bar:
+    name, place = f"seed {recipe.seed}", recipe.seed % 2
+    with tqdm(desc=name, initial=run.step, total=recipe.steps, position=place) as bar:
         while run.step < recipe.steps:
             lesson = recipe.lessons[recipe.lesson(run.step)[0]].name
             loss, share = train_step(run, recipe, tokenizer)
@@ -327,6 +350,7 @@ class Candidate:
 
 def train_and_measure(recipe: Recipe, work: Path) -> Candidate:
     """Train one seed, save it as an HF directory, and measure it."""
+    torch.set_num_threads(1)  # so that the sums are the same however many processors there are
     folder = work / f"seed-{recipe.seed}"
     model = train(recipe, folder / "checkpoint.pt")
     model.save_pretrained(folder)
@@ -347,7 +371,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpt2-ioi")
     parser.add_argument("--out", type=Path, default=ASSETS)
     arguments = parser.parse_args()
-    found = [train_and_measure(Recipe(seed), arguments.work) for seed in arguments.seeds]
+    recipes = [Recipe(seed) for seed in arguments.seeds]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(train_and_measure, recipes, [arguments.work] * len(recipes)))
     chosen = choose(found)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from random_models import ROTARY, SIZES, save_random_model
+from shipped import MOVERS, root_of
 from sparse_signals.app import commands
 from sparse_signals.app.cli import (
     EXAMPLES,
@@ -352,13 +353,15 @@ def test_trace_writes_all_files_and_they_agree(said, out, ioi):
 
 
 def test_edges_know_roles_and_support(said, out, ioi):
-    assert said("trace --ioi 8 --seed 3 --firing 1.4:end:IO")[0] == 0
+    start = root_of(MOVERS[0], "end", "IO")
+    assert said(f"trace --ioi 8 --seed 3 --firing {start}")[0] == 0
     edges = pd.read_parquet(out / "edges.parquet")
-    traced = trace(ioi, [Root(1, 4, "end", "IO")])
+    traced = trace(ioi, [start])
     assert len(edges) == len(traced.edges)
     expected = traced.firings.set_index("firing")["vectors"].loc[edges["firing"]]
     assert lists(edges["vectors"]) == lists(expected)
-    roots = edges[(edges["layer"] == 1) & (edges["head"] == 4) & (edges["dest_roles"] == "end")]
+    here = (edges["layer"] == start.layer) & (edges["head"] == start.head)
+    roots = edges[here & (edges["dest_roles"] == "end")]
     assert len(roots) and roots["src_roles"].str.split(", ").map(lambda x: "IO" in x).all()
     token = edges["dest_roles"].where(edges["side"] == "dest", edges["src_roles"])
     assert (edges["token_roles"] == token).all() and edges["dest_roles"].notna().all()
@@ -516,7 +519,7 @@ def test_names_of_several_tokens(refused, tmp_path):
         ("a.csv", b"prompt\nThen\n", "needs a column 'text'"),
         ("a.csv", b"text\nThen, the bus\n", "a text with commas needs quotes around it: 'Then'"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is not a .txt file in UTF-8"),
-        ("a.txt", b"Then, the bus" + 60 * b" late", "65 tokens, the limit is 48"),
+        ("a.txt", b"Then, the bus" + 60 * b" late", "65 tokens, the limit is 64"),
     ],
 )
 def test_bad_files_of_prompts(refused, tmp_path, name, content, message):
@@ -764,17 +767,19 @@ def test_other_errors_are_not_taken_for_it(said, stopping):
 
 
 def test_silent_roots_are_named_and_the_others_go_on(said, out):
-    alone = said("trace --ioi 8 --seed 3 --firing 1.4:end:IO --quiet")
+    start = root_of(MOVERS[-1], "end", "IO")  # the one that looks at IO least
+    alone = said(f"trace --ioi 8 --seed 3 --firing {start} --quiet")
     expected = pd.read_parquet(out / "edges.parquet")
-    line = "trace --ioi 8 --seed 3 --firing 1.4:end:IO --firing 1.4:2:2"
+    line = f"trace --ioi 8 --seed 3 --firing {start} --firing 1.4:2:2"
     code, _, error = said(line)
     assert code == 0 and alone == (0, "", "")
     assert "1.4:2:2 does not fire on 8 of 8 prompts: 0, 1, 2, 3, 4, 5, 6, 7\n" in error
-    firing = sorted(set(expected.query("layer == 1 and head == 4 and dest_roles == 'end'").prompt))
+    at = (expected["layer"] == start.layer) & (expected["head"] == start.head)
+    firing = set(expected[at & (expected["dest_roles"] == "end")]["prompt"])
     silent = [number for number in range(8) if number not in firing]
     assert 0 < len(silent) < 8
     named = ", ".join(map(str, silent))
-    assert f"1.4:end:IO does not fire on {len(silent)} of 8 prompts: {named}\n" in error
+    assert f"{start} does not fire on {len(silent)} of 8 prompts: {named}\n" in error
     assert said(f"{line} --quiet") == (0, "", "")
     edges = pd.read_parquet(out / "edges.parquet")
     assert lists(edges.pop("vectors")) == lists(expected.pop("vectors"))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from shipped import MOVERS, root_of
 from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.run import run
@@ -47,7 +48,7 @@ def opened(ioi):
     return pairs, contributions(ioi, pairs)
 
 
-ROOTS = [Root(1, head, "end", "IO") for head in (3, 4, 5)]
+ROOTS = [root_of(head, "end", "IO") for head in MOVERS]
 
 
 def rows(*edges):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from shipped import CARRIERS, HEADS, MOVERS, root_of
 from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import Batch, PromptError, encode, ioi_prompts
@@ -240,30 +241,30 @@ def ioi():
 def test_roots_by_attribution_are_the_heads_that_write_the_answer(ioi):
     model, batch = ioi
     roots = strongest_roots(model, batch, 3)
-    movers = {(0, 0), (1, 3), (1, 4), (1, 5)}  # largest direct attribution on the model card
-    assert {(root.layer, root.head) for root in roots} <= movers
+    written = HEADS.sort_values("direct attribution", ascending=False)["head"]
+    assert {root.name for root in roots} <= set(written[:6])
     assert len(roots) == 3
 
 
 def test_a_role_restricts_the_firings_of_a_root(ioi):
     model, batch = ioi
-    traced = trace(run(model, batch), [Root(1, 4, "end", "IO")])
+    traced = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO")])
     first = traced.firings[traced.firings["root"]]
-    assert len(first) > 5 and (first["name"] == "1.4").all()
+    assert len(first) > 5 and (first["name"] == MOVERS[0]).all()
     assert (first["src"].to_numpy() == batch.roles["IO"].numpy()[first["prompt"]]).all()
     assert traced.firings["error"].max() < 1e-9
 
 
 def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
     model, batch = ioi
-    plain = trace(run(model, batch), [Root(1, 4, "end", "IO")])
-    sharp = trace(run(model, batch), [Root(1, 4, "end", "IO", "S1")])
+    plain = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO")])
+    sharp = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO", "S1")])
     assert sharp.firings["error"].max() < 1e-9
     ours, theirs = (t.firings[t.firings["root"]] for t in (plain, sharp))
     assert (ours[["prompt", "src"]].to_numpy() == theirs[["prompt", "src"]].to_numpy()).all()
-    top = sharp.edges[(sharp.edges["downstream"] == "1.4") & (sharp.edges["side"] == "dest")]
-    # on the model card, ablating 0.0 and 0.1 makes the movers blind to the difference
-    assert {"0.0", "0.1"} <= set(top["upstream"].value_counts().index[:4])
+    top = sharp.edges[(sharp.edges["downstream"] == MOVERS[0]) & (sharp.edges["side"] == "dest")]
+    # on the model card, ablating the carriers makes the movers blind to the difference
+    assert set(top["upstream"].value_counts().index[:2]) <= set(CARRIERS)
     below = [
         t.edges[t.edges["layer"] == 0].groupby(PLACE)["weight"].first() for t in (plain, sharp)
     ]
@@ -274,12 +275,12 @@ def test_a_contrast_opens_the_roots_by_a_difference_and_nothing_else(ioi):
 def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
     model, batch = ioi
     settings = Settings(level=0.1)
-    traced = trace(run(model, batch), [Root(1, 4, "end", "IO", "S1")], settings)
+    traced = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO", "S1")], settings)
     edges, firings = traced.edges, traced.firings
     first = firings[firings["root"]]
     into = edges[edges["firing"].isin(first["firing"])]
     assert set(into["side"]) == {"dest"} and (into["share"] > 0).all()
-    plain = trace(run(model, batch), [Root(1, 4, "end", "IO")], settings).firings
+    plain = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO")], settings).firings
     assert 0 < len(first) < plain["root"].sum()  # in some prompts it prefers the subject
 
 
@@ -287,11 +288,11 @@ def test_a_contrast_follows_one_side_and_only_where_it_is_positive(ioi):
     ("root", "settings", "message"),
     [
         (
-            Root(1, 4, "end", "IO", "S1"),
+            root_of(MOVERS[0], "end", "IO", "S1"),
             Settings(weighting="published"),
             "only the exact weighting",
         ),
-        (Root(1, 4, "end", "IO", "IO"), Settings(), "compares a source with itself"),
+        (root_of(MOVERS[0], "end", "IO", "IO"), Settings(), "compares a source with itself"),
     ],
 )
 def test_contrasts_that_make_no_sense_are_refused(ioi, root, settings, message):
