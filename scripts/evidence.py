@@ -396,9 +396,14 @@ def pair_evidence(bench: Bench, heads: pd.DataFrame, layers: pd.DataFrame) -> pd
     lost = ["a alone", "b alone", "both"]
     scale = table["measure"].map({LOGIT: -1 / whole, TOP: -1.0})
     table[lost] = table[lost].mul(scale, axis=0)
-    little = (table[["a alone", "b alone"]].abs() < LITTLE).all(axis=1) & (table["both"] > LITTLE)
-    summed = (table["a alone"] + table["b alone"]).clip(lower=FLOOR)
-    return table.assign(ratio=(table["both"] / summed).where(little))
+    return table.assign(ratio=redundancy(table))
+
+
+def redundancy(losses: pd.DataFrame) -> pd.Series:
+    """Joint over summed loss where each costs little and both more; elsewhere NaN."""
+    alone = losses[["a alone", "b alone"]]
+    little = (alone.abs() < LITTLE).all(axis=1) & (losses["both"] > LITTLE)
+    return (losses["both"] / alone.sum(axis=1).clip(lower=FLOOR)).where(little)
 
 
 # --- gates ---------------------------------------------------------------------------------------

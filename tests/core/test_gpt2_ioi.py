@@ -121,13 +121,17 @@ def test_direct_attribution_adds_up(bench):
 
 def test_missed_gates_are_named(bench):
     gates = shipped("gates")
-    assert len(gates) == 23 and gates["gate"].is_unique
+    assert len(gates) == 22 and gates["gate"].is_unique
     layers = pd.DataFrame(
         [("0", -6.0), ("1", 0.1), ("2", -0.1), ("0, 1", -6.0), ("0, 2", -6.1), ("1, 2", -2.0)],
         columns=["layers", "Δ logit difference"],
     )
     worked = evidence.working(layers, 8.0)  # 1 and 2 back each other up
     assert worked.tolist() == [0.7625, 0.25, 0.25]
+    losses = [(0.01, 0.02, 0.12), (0.3, 0.01, 0.9), (0.01, 0.01, 0.02), (-0.02, 0.01, 0.2)]
+    losses = pd.DataFrame(losses, columns=["a alone", "b alone", "both"])
+    ratio = evidence.redundancy(losses)
+    assert ratio[[0, 3]].tolist() == pytest.approx([4.0, 20.0]) and ratio[[1, 2]].isna().all()
 
 
 def test_the_card_is_whole(model):
