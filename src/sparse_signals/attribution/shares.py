@@ -1,0 +1,360 @@
+"""Chapter 6: F(x) − F(x′) of two aligned runs, split exactly over all edges of a model.
+
+One pass backward through the secants of both runs gives a reader at every input: the vector whose
+product with a difference of streams is what F hears of it there. The share of an edge from a
+component c to an input is Δx_c · reader. Shares into a node add up to the node's own share, shares
+into the read-out to F(x) − F(x′), and so do the shares of the embeddings of all tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.attribution.readers import Readers, readers
+from sparse_signals.attribution.record import Record, reading_weights, record
+from sparse_signals.attribution.secants import LogProbability, Norm
+from sparse_signals.core.forward import normalise
+from sparse_signals.core.model import Model
+from sparse_signals.core.prompts import Batch
+from sparse_signals.core.run import fitting_rows
+
+SHARES_BYTES = 2**26  # what all components of a chunk of prompts wrote, in one of the runs
+SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
+EXACT = {torch.float32: 1e-4, torch.float64: 1e-9}
+Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
+
+
+class ShareError(ValueError):
+    """Shares that cannot be had, or that do not add up; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """By how much shares miss what they add up to, at worst, over the sum of their sizes.
+
+    At the read-out and at the embeddings they miss F(x) − F(x′), at heads and MLPs the node's own
+    share. The sum of sizes is that of the shares into the node, or into the read-out if it is more.
+    """
+
+    read_out: float
+    nodes: float
+    embeddings: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of them."""
+        return max(self.read_out, self.nodes, self.embeddings)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The share of every edge in F(x) − F(x′), summed over the tokens that belong to a row.
+
+    An edge leads from a component upstream (of `Model.components`, without the bias row) to the
+    query, key or value of a head, an MLP or the read-out, at the token of that input; edges that
+    are not there have 0. `nodes`: what components have themselves, at the token where they write.
+    `difference` is F(x) − F(x′). The indices of edges are those of `core.forward.Gates`.
+    """
+
+    q: Float[Tensor, "row layer head component"]
+    k: Float[Tensor, "row layer head component"]
+    v: Float[Tensor, "row layer head component"]
+    mlp: Float[Tensor, "row layer component"]
+    out: Float[Tensor, "row component"]
+    nodes: Float[Tensor, "row component"]
+    difference: Float[Tensor, "prompt"]
+    gaps: Gaps
+
+
+def integrated(steps: int) -> tuple[float, ...]:
+    """The points of integrated gradients: the middle of every step from x′ (0) to x (1)."""
+    return tuple((step + 0.5) / steps for step in range(steps))
+
+
+@torch.no_grad()
+def shares(
+    model: Model,
+    batch: Batch,
+    counterfactual: Batch,
+    *,
+    answer: Answer | None = None,
+    row: Int[Tensor, "prompt pos"] | None = None,
+    points: Sequence[float] | None = None,
+) -> Shares:
+    """Split F(x) − F(x′) over all edges, for prompts x of a batch and their counterfactuals x′.
+
+    Edge c → input at token t: Δx_c(t) · reader(t), through the secants of both runs.
+    F is read at the last token. `answer`: two tokens a, b (F = logit a − logit b; None: IO and S of
+    the batch), one token (F = its log-probability), or a weight for every logit.
+    `row` numbers the rows over whose tokens shares are summed; None: one for every prompt.
+    `points`: gradients instead of secants, the mean of those at some points from x′ (0) to x (1).
+    (1,) is at x, (0,) at x′, (0, 1) the mean of both, `integrated(n)` integrated gradients, where
+    the embeddings go from one to the other. None of them is exact: the gaps say by how much.
+    Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
+    Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
+    PromptError where no answer is given and prompts have no names.
+    """
+    _check_aligned(batch, counterfactual)
+    answer = batch.answers("the answer that is split") if answer is None else answer
+    if row is None:
+        row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
+    total = _Total(model, int(row.max()) + 1)
+    for rows in fitting_rows(model, batch, SHARES_BYTES):
+        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
+        total.add_chunk(chunk, row[rows].to(model.device), points)
+    return total.finished(exact=points is None)
+
+
+def _check_aligned(batch: Batch, counterfactual: Batch) -> None:
+    """Raise ShareError where prompts and counterfactuals differ in number, length or padding."""
+    ours, theirs = batch.mask, counterfactual.mask
+    if ours.shape != theirs.shape:
+        raise ShareError(
+            f"the counterfactuals are {theirs.shape[0]} prompts of up to {theirs.shape[1]} tokens, "
+            f"the prompts {ours.shape[0]} of up to {ours.shape[1]}: both must be alike"
+        )
+    if uneven := (ours != theirs).any(1).nonzero().flatten().tolist():
+        n = uneven[0]
+        raise ShareError(
+            f"prompt {n} has {int(ours[n].sum())} tokens and its counterfactual "
+            f"{int(theirs[n].sum())}: they must have the same number"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some prompts and their counterfactuals, and both their runs."""
+
+    model: Model
+    batch: Batch
+    counterfactual: Batch
+    answer: Answer
+
+    @cached_property
+    def last(self) -> Int[Tensor, "prompt"]:
+        return self.batch.last.to(self.model.device)
+
+    @cached_property
+    def ends(self) -> tuple[Record, Record]:
+        """The runs of x and x′, which are made together."""
+        tokens = torch.cat([self.batch.tokens, self.counterfactual.tokens]).to(self.model.device)
+        embedding = self.model.bridge.embed.W_E[tokens]
+        both, prompts = record(self.model, embedding, self.last.repeat(2)), len(self.last)
+        return both.rows(slice(prompts)), both.rows(slice(prompts, None))
+
+    @cached_property
+    def difference(self) -> Float[Tensor, "prompt"]:
+        """F(x) − F(x′)."""
+        first, second = (self._value(end) for end in self.ends)
+        return first - second
+
+    @cached_property
+    def changes(
+        self,
+    ) -> tuple[Float[Tensor, "upstream prompt pos d"], Float[Tensor, "component prompt 1 d"]]:
+        """Δ of what components wrote before the last layer, at all tokens; of all at the last.
+
+        Without positions and output biases, which do not change.
+        """
+        model, (x, other) = self.model, self.ends
+        after, number = model.n_heads + 1, torch.arange(len(self.last), device=self.last.device)
+        size = 1 + (model.n_layers - 1) * after
+        tokens = x.embedding.new_empty(size, *x.embedding.shape)
+        ends = x.embedding.new_empty(size + after, len(number), 1, model.d_model)
+        torch.sub(x.embedding, other.embedding, out=tokens[0])
+        for layer, (a, b) in enumerate(zip(x.layers, other.layers, strict=True)):
+            start = 1 + layer * after
+            if layer == model.n_layers - 1:
+                ends[:size] = tokens[:, number, self.last].unsqueeze(2)
+            into = ends if layer == model.n_layers - 1 else tokens
+            moved = (a.z - b.z).transpose(0, 1).flatten(1, 2)
+            heads = into[start : start + model.n_heads].flatten(1, 2)
+            torch.bmm(moved, model.writers.W_O[layer], out=heads)
+            torch.sub(a.mlp, b.mlp, out=into[start + model.n_heads])
+        return tokens, ends
+
+    def at_last(self, norm: Norm) -> Norm:
+        """The secant of a normalisation at the last token alone."""
+        place = torch.arange(len(self.last), device=self.last.device), self.last
+        parts = (x[place].unsqueeze(1) for x in (norm.inverse, norm.pull, norm.middle))
+        return Norm(*parts, norm.gain, norm.centred)
+
+    def rows_of(self, row: Int[Tensor, "prompt pos"], tokens: int) -> Int[Tensor, "token"]:
+        """The rows of all tokens, or of one in each prompt, the last."""
+        return (row if tokens > 1 else row.gather(1, self.last[:, None])).flatten()
+
+    def readers(self, points: Sequence[float] | None) -> Iterator[Readers]:
+        """Through the secants of both runs, or the gradients at points in between."""
+        if points is None:
+            yield self._readers(*self.ends)
+            return
+        x, other = self.ends
+        known = {0.0: other, 1.0: x}
+        for point in points:
+            between = torch.lerp(other.embedding, x.embedding, point)
+            here = known.get(point) or record(self.model, between, self.last)
+            yield self._readers(here, here)
+
+    def _readers(self, first: Record, second: Record) -> Readers:
+        model, answer = self.model, self.answer.to(self.model.device)
+        W_U = model.bridge.unembed.W_U
+        if answer.is_floating_point():
+            vector = answer @ W_U.T
+        elif answer.ndim == 2:
+            vector = W_U.T[answer[:, 0]] - W_U.T[answer[:, 1]]
+        else:
+            logs = [self._logits(end).log_softmax(-1) for end in (first, second)]
+            chosen = torch.zeros_like(logs[0]).scatter(1, answer.unsqueeze(1), 1.0)
+            vector = LogProbability.between(*logs, chosen).vector @ W_U.T
+        return readers(model, first, second, self.last, vector)
+
+    def _logits(self, end: Record) -> Float[Tensor, "prompt vocab"]:
+        unembed = self.model.bridge.unembed
+        final = normalise(self.model, self.model.bridge.ln_final, end.x, end.scale)
+        return final @ unembed.W_U + unembed.b_U
+
+    def _value(self, end: Record) -> Float[Tensor, "prompt"]:
+        """F, from the logits."""
+        logits, answer = self._logits(end), self.answer.to(self.model.device)
+        if answer.is_floating_point():
+            return torch.linalg.vecdot(logits, answer)
+        if answer.ndim == 1:
+            return logits.log_softmax(-1).gather(1, answer.unsqueeze(1))[:, 0]
+        return logits.gather(1, answer) @ logits.new_tensor([1.0, -1.0])
+
+
+class _Total:
+    """Shares of all chunks, as they come in, and by how much they miss what they add up to."""
+
+    def __init__(self, model: Model, rows: int) -> None:
+        size, heads = len(model.components) - 1, (model.n_layers, model.n_heads)
+        kind = {"dtype": model.dtype, "device": model.device}
+        self.model, self.differences, self.gaps = model, [], []
+        self.edges = {name: torch.zeros(rows, *heads, size, **kind) for name in "qkv"}
+        self.edges["mlp"] = torch.zeros(rows, model.n_layers, 1, size, **kind)
+        self.edges["out"] = torch.zeros(rows, 1, 1, size, **kind)
+        self.nodes = torch.zeros(rows, size, **kind)
+        table = model.components[:-1]
+        same = table["kind"].isin(["position", "bias"])  # in aligned runs
+        self.places = torch.tensor(table.index[~same].tolist(), device=model.device)
+
+    def add_chunk(
+        self, chunk: _Chunk, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
+    ) -> None:
+        """Add the mean over all passes backward, and note by how much it misses."""
+        heads, weight = self.model.n_heads, 1 / len(points or (1,))
+        # the read-out, the embeddings, then heads and MLP of every layer
+        own = chunk.difference.new_zeros(len(row), 1 + len(self.places))
+        into, size = torch.zeros_like(own), torch.zeros_like(own)
+        whole = bool((row == row[:, :1]).all())
+        for found in chunk.readers(points):
+            for name, layer, values in _edges(chunk, found, whole):
+                start = 2 + layer * (heads + 1) + (heads if name == "mlp" else 0)
+                start = 0 if name == "out" else start
+                node = slice(start, start + values.shape[1])
+                values = weight * values
+                each = values.unflatten(0, (len(row), -1))
+                into[:, node] += each.sum((1, 3))
+                size[:, node] += each.abs().sum((1, 3))
+                self._put(self.edges[name][:, layer], values, chunk.rows_of(row, each.shape[1]))
+            for start, values in _nodes(chunk, found):
+                values = weight * values
+                node = slice(1 + start, 1 + start + values.shape[2])
+                own[:, node] += values.sum(1)
+                places = self.places[start : start + values.shape[2]]
+                rows = chunk.rows_of(row, values.shape[1])
+                self.nodes[:, places] = self.nodes[:, places].index_add(
+                    0, rows, values.flatten(0, 1)
+                )
+                if start == 0:
+                    size[:, 1:2] += values.abs().sum(1)
+        into[:, 1] = own[:, 1]
+        own[:, :2] = chunk.difference[:, None]
+        gap = (into - own).abs() / torch.maximum(size, size[:, :1]).clamp_min(SMALLEST)
+        self.gaps.append(torch.stack([gap[:, 0].max(), gap[:, 2:].max(), gap[:, 1].max()]))
+        self.differences.append(chunk.difference)
+
+    def _put(
+        self,
+        total: Float[Tensor, "row reader component"],
+        values: Float[Tensor, "token reader upstream"],
+        rows: Int[Tensor, "token"],
+    ) -> None:
+        """Add to the rows of tokens, in the places of components that differ between runs."""
+        wide = values.new_zeros(*values.shape[:2], total.shape[2])
+        wide[:, :, self.places[: values.shape[2]]] = values
+        total.index_add_(0, rows, wide)
+
+    def finished(self, exact: bool) -> Shares:
+        """All shares; if they are to be exact, raise ShareError where they do not add up."""
+        gaps = Gaps(*torch.stack(self.gaps).amax(0).tolist())
+        limit = EXACT[self.model.dtype]
+        if exact and not gaps.worst <= limit:
+            raise ShareError(
+                f"shares miss what they add up to by {gaps.worst:.0e} of their size, more than "
+                f"{limit:.0e}: the two runs may be too alike for {self.model.dtype}"
+            )
+        edges = {name: self.edges[name] for name in "qkv"}
+        edges |= {"mlp": self.edges["mlp"][:, :, 0], "out": self.edges["out"][:, 0, 0]}
+        return Shares(**edges, nodes=self.nodes, difference=torch.cat(self.differences), gaps=gaps)
+
+
+# --- one pass backward ---------------------------------------------------------------------------
+
+
+def _edges(
+    chunk: _Chunk, found: Readers, whole: bool
+) -> Iterator[tuple[str, int, Float[Tensor, "token reader upstream"]]]:
+    """The shares of all edges: input, layer, values at every token (or `whole`: every prompt)."""
+    model, (tokens, ends) = chunk.model, chunk.changes
+    groups, after = model.n_heads // model.n_kv_heads, model.n_heads + 1
+    for layer, part in enumerate(found.layers):
+        upstream, final = 1 + layer * after, layer == model.n_layers - 1
+        W_Q, *shared = reading_weights(model, layer)
+        W_K, W_V = (W.repeat_interleave(groups, dim=0) for W in shared)
+        dest = ends if final else tokens
+        norm = chunk.at_last(part.norm) if final else part.norm
+        for name, y, W, where, before in (
+            ("q", part.q, W_Q, norm, dest),
+            ("k", part.k, W_K, part.norm, tokens),
+            ("v", part.v, W_V, part.norm, tokens),
+        ):
+            vectors = y.transpose(0, 1).flatten(1, 2) @ W.mT
+            vectors = where.folded(vectors.unflatten(1, y.shape[::2]))
+            yield name, layer, _products(vectors, before[:upstream], whole)
+        before = dest[: upstream + model.n_heads]
+        yield "mlp", layer, _products(part.mlp.unsqueeze(0), before, whole)
+    yield "out", 0, _products(found.out[None, :, None], ends, whole)
+
+
+def _products(
+    readers: Float[Tensor, "reader prompt some d"],
+    changes: Float[Tensor, "upstream prompt some d"],
+    whole: bool,
+) -> Float[Tensor, "token reader upstream"]:
+    """Δx_c · reader at every token, or summed over those of a prompt."""
+    if whole:
+        rows = (x.transpose(0, 1).flatten(2) for x in (readers, changes))
+    else:
+        rows = (x.flatten(1, 2).transpose(0, 1) for x in (readers, changes))
+    left, right = rows
+    return torch.bmm(left, right.mT)
+
+
+def _nodes(
+    chunk: _Chunk, found: Readers
+) -> Iterator[tuple[int, Float[Tensor, "prompt some node"]]]:
+    """What components have themselves, in order: the number of the first, values at tokens."""
+    x, other = chunk.ends
+    change = x.embedding - other.embedding
+    yield 0, torch.linalg.vecdot(change, found.embedding).unsqueeze(-1)
+    start = 1
+    for a, b, part in zip(x.layers, other.layers, found.layers, strict=True):
+        yield start, torch.linalg.vecdot(a.z - b.z, part.z).transpose(1, 2)
+        start += part.z.shape[1]
+        yield start, torch.linalg.vecdot(a.mlp - b.mlp, part.written).unsqueeze(-1)
+        start += 1
