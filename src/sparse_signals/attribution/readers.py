@@ -13,9 +13,9 @@ from torch import Tensor
 from sparse_signals.attribution.record import (
     LayerRecord,
     Record,
+    angles_at,
     nonlinearity,
     reading_weights,
-    turning,
 )
 from sparse_signals.attribution.secants import (
     Gated,
@@ -133,8 +133,8 @@ def _through_attention(
     softmax = Softmax.between(a.log_weights, b.log_weights)
     of_q, of_k = score.transpose(softmax.transpose(of_weights))
     if model.rotary:
-        of_q = unrotate(of_q, *turning(model, of_q.shape[2], last))
-        of_k = unrotate(of_k, *turning(model, of_k.shape[2], last))
+        of_q = unrotate(of_q, *angles_at(model, of_q.shape[2], last))
+        of_k = unrotate(of_k, *angles_at(model, of_k.shape[2], last))
     return of_q, of_k, of_v
 
 

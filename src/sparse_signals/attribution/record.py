@@ -1,9 +1,9 @@
 """What secants are made of: the values that a forward pass computes on its way.
 
-A `Run` keeps less, and the bridge takes the softmax and the last normalisation of rotary models in
-float32; there the parts of an answer would add up to it in float32 only. Here all is in the dtype
-of the model. After the last attention only the last token of a prompt can matter for the answer: the
-last layer has one destination, all others have every token.
+A `Run` keeps less, and the bridge takes the softmax and the last normalisation of rotary models
+in float32, so that the parts of an answer would add up to it in float32 only. Here all is in the
+dtype of the model. Of what comes after the last attention only the last token of a prompt matters
+for the answer: so the last layer has one destination, and the others have every token.
 """
 
 from collections.abc import Callable
@@ -123,12 +123,12 @@ def _attention_inputs(
         y = (x / scale.unsqueeze(-1)) @ W[:, :-1].transpose(0, 1).flatten(1)
         y = y.unflatten(-1, (len(W), -1)).transpose(1, 2) + W[:, None, -1]
         if model.rotary and name != "v":
-            y = rotate(y, *turning(model, x.shape[1], last))
+            y = rotate(y, *angles_at(model, x.shape[1], last))
         found.append(y)
     return found[0], found[1], found[2]
 
 
-def turning(
+def angles_at(
     model: Model, tokens: int, last: Int[Tensor, "prompt"]
 ) -> tuple[Float[Tensor, "... r"], Float[Tensor, "... r"]]:
     """cos and sin of the angles of all tokens, or of the last one of every prompt."""

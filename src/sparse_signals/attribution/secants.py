@@ -18,7 +18,7 @@ Function = Callable[[Tensor], Tensor]
 # Below it the quotient of differences is worse than the derivative in the middle, of which the
 # error is g‴ Δz² / 24, while that of the quotient is rounding / Δz.
 NEAR = {torch.float32: 1e-2, torch.float64: 2e-5}
-ROUNDING = 16  # units in the last place that g of a number may be wrong by
+LAST_PLACES = 16  # units in the last place that g of a number may be wrong by
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def slopes(
         gap, rise, quotient = gap[near], rise[near], found[near]
         middle = torch.lerp(z[near], other[near], 0.5)
         inside = derivative(function, middle)
-        rounding = ROUNDING * torch.finfo(z.dtype).eps * (middle.abs() + value[near].abs())
+        rounding = LAST_PLACES * torch.finfo(z.dtype).eps * (middle.abs() + value[near].abs())
         agree = ((inside * gap - rise).abs() <= rounding) | (gap == 0)
         found[near] = torch.where(agree, inside, quotient)
     return found

@@ -24,7 +24,7 @@ from sparse_signals.core.run import fitting_rows
 
 SHARES_BYTES = 2**26  # what all components of a chunk of prompts wrote, in one of the runs
 SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
-EXACT = {torch.float32: 1e-4, torch.float64: 1e-9}
+COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
 Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
 
 
@@ -76,7 +76,7 @@ def integrated(steps: int) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def shares(
+def edge_shares(
     model: Model,
     batch: Batch,
     counterfactual: Batch,
@@ -92,8 +92,8 @@ def shares(
     the batch), one token (F = its log-probability), or a weight for every logit.
     `row` numbers the rows over whose tokens shares are summed; None: one for every prompt.
     `points`: gradients instead of secants, the mean of those at some points from x′ (0) to x (1).
-    (1,) is at x, (0,) at x′, (0, 1) the mean of both, `integrated(n)` integrated gradients, where
-    the embeddings go from one to the other. None of them is exact: the gaps say by how much.
+    (1.0,) is at x, (0.0,) at x′, (0.0, 1.0) the mean of both, and `integrated(n)` integrated
+    gradients, where embeddings go from one to the other. None is exact: the gaps say by how much.
     Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
     Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
     PromptError where no answer is given and prompts have no names.
@@ -252,7 +252,7 @@ class _Total:
         into, size = torch.zeros_like(own), torch.zeros_like(own)
         whole = bool((row == row[:, :1]).all())
         for found in chunk.readers(points):
-            for name, layer, values in _edges(chunk, found, whole):
+            for name, layer, values in _edge_values(chunk, found, whole):
                 start = 2 + layer * (heads + 1) + (heads if name == "mlp" else 0)
                 start = 0 if name == "out" else start
                 node = slice(start, start + values.shape[1])
@@ -261,7 +261,7 @@ class _Total:
                 into[:, node] += each.sum((1, 3))
                 size[:, node] += each.abs().sum((1, 3))
                 self._put(self.edges[name][:, layer], values, chunk.rows_of(row, each.shape[1]))
-            for start, values in _nodes(chunk, found):
+            for start, values in _node_values(chunk, found):
                 values = weight * values
                 node = slice(1 + start, 1 + start + values.shape[2])
                 own[:, node] += values.sum(1)
@@ -292,7 +292,7 @@ class _Total:
     def finished(self, exact: bool) -> Shares:
         """All shares; if they are to be exact, raise ShareError where they do not add up."""
         gaps = Gaps(*torch.stack(self.gaps).amax(0).tolist())
-        limit = EXACT[self.model.dtype]
+        limit = COMPLETE[self.model.dtype]
         if exact and not gaps.worst <= limit:
             raise ShareError(
                 f"shares miss what they add up to by {gaps.worst:.0e} of their size, more than "
@@ -306,7 +306,7 @@ class _Total:
 # --- one pass backward ---------------------------------------------------------------------------
 
 
-def _edges(
+def _edge_values(
     chunk: _Chunk, found: Readers, whole: bool
 ) -> Iterator[tuple[str, int, Float[Tensor, "token reader upstream"]]]:
     """The shares of all edges: input, layer, values at every token (or `whole`: every prompt)."""
@@ -345,7 +345,7 @@ def _products(
     return torch.bmm(left, right.mT)
 
 
-def _nodes(
+def _node_values(
     chunk: _Chunk, found: Readers
 ) -> Iterator[tuple[int, Float[Tensor, "prompt some node"]]]:
     """What components have themselves, in order: the number of the first, values at tokens."""
