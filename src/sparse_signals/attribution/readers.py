@@ -5,6 +5,7 @@ of, one cotangent of the query, key or value for every head and token, and spell
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -81,17 +82,16 @@ def readers(
         layers.append(LayerReaders(norm, q, k, v, z, mlp, written))
         W_Q, W_K, W_V = reading_weights(model, layer)
         shared = (x.unflatten(1, (model.n_kv_heads, -1)).sum(2) for x in (k, v))
-        y = sum(_into_stream(x, W) for x, W in zip(shared, (W_K, W_V), strict=True))
-        written = norm.folded(_plus(y, _into_stream(q, W_Q), last))
+        of_k, of_v = (_into_stream(x, W) for x, W in zip(shared, (W_K, W_V), strict=True))
+        written = norm.folded(_plus(of_k.add_(of_v), _into_stream(q, W_Q), last))
         written = _plus(written, middle, last)
     return Readers(out, tuple(reversed(layers)), written)
 
 
 def _norm(
-    model: Model, part: object, x: Tensor, other: Tensor, scale: Tensor, other_scale: Tensor
+    model: Model, part: Any, x: Tensor, other: Tensor, scale: Tensor, other_scale: Tensor
 ) -> Norm:
-    gain = part.w  # pyright: ignore[reportAttributeAccessIssue]
-    return Norm.between(x, other, scale, other_scale, gain, centred=not model.rms)
+    return Norm.between(x, other, scale, other_scale, part.w, centred=not model.rms)
 
 
 def _through_mlp(

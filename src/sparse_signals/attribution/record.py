@@ -9,6 +9,7 @@ for the answer: so the last layer has one destination, and the others have every
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +47,8 @@ class LayerRecord:
     def rows(self, rows: slice) -> "LayerRecord":
         """The same of some of the prompts."""
         parts = vars(self).items()
-        return LayerRecord(**{name: x if x is None else x[rows] for name, x in parts})
+        some: dict[str, Any] = {name: x if x is None else x[rows] for name, x in parts}
+        return LayerRecord(**some)
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,9 @@ def angles_at(
 # --- MLPs ----------------------------------------------------------------------------------------
 
 
-def nonlinearity(block: object) -> Callable[[Tensor], Tensor]:
+def nonlinearity(block: Any) -> Callable[[Tensor], Tensor]:
     """g of the MLP of a part of the bridge, in one step where PyTorch has one for it."""
-    mlp = block.mlp.original_component  # pyright: ignore[reportAttributeAccessIssue]
+    mlp = block.mlp.original_component
     found = getattr(mlp, "act_fn", None) or mlp.act
     if type(found).__name__ == "NewGELUActivation":
         return partial(torch.nn.functional.gelu, approximate="tanh")
@@ -152,10 +154,10 @@ def nonlinearity(block: object) -> Callable[[Tensor], Tensor]:
 
 
 def _mlp(
-    block: object, n: Float[Tensor, "prompt dest d"]
+    block: Any, n: Float[Tensor, "prompt dest d"]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Before and after the nonlinearity, what it is multiplied with (None: nothing), the output."""
-    mlp, up = block.mlp, None  # pyright: ignore[reportAttributeAccessIssue]
+    mlp, up = block.mlp, None
     first = _linear(n, mlp.W_in, mlp.b_in)
     pre = first
     if mlp.W_gate is not None:

@@ -63,8 +63,12 @@ class Norm:
 
     def folded(self, y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The symmetric part alone, of what gain and centring were applied to already."""
-        along = torch.linalg.vecdot(y, self.middle) * -self.pull
-        return torch.addcmul(y * self.inverse.unsqueeze(-1), along.unsqueeze(-1), self.middle)
+        return self.pulled(y * self.inverse.unsqueeze(-1))
+
+    def pulled(self, y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The same of what was multiplied with `inverse` too, in its memory."""
+        along = torch.linalg.vecdot(y, self.middle) * (-self.pull / self.inverse)
+        return y.addcmul_(along.unsqueeze(-1), self.middle)
 
 
 def _centred(x: Float[Tensor, "... d"], centred: bool) -> Float[Tensor, "... d"]:
@@ -214,16 +218,15 @@ def slopes(
 
     g′ is taken where it gives the same difference up to rounding, so either is exact.
     """
-    gap, rise = z - other, value - other_value
-    found = rise / gap
-    near = (gap.abs() < NEAR[z.dtype]).nonzero(as_tuple=True)
-    if len(near[0]):
-        gap, rise, quotient = gap[near], rise[near], found[near]
-        middle = torch.lerp(z[near], other[near], 0.5)
-        inside = derivative(function, middle)
-        rounding = LAST_PLACES * torch.finfo(z.dtype).eps * (middle.abs() + value[near].abs())
-        agree = ((inside * gap - rise).abs() <= rounding) | (gap == 0)
-        found[near] = torch.where(agree, inside, quotient)
+    gap = z - other
+    found = ((value - other_value) / gap).contiguous()
+    near = (gap.abs() < NEAR[z.dtype]).flatten().nonzero().flatten()
+    gap, middle, size = (x.flatten()[near] for x in (gap, torch.lerp(z, other, 0.5), value))
+    quotient = found.view(-1)[near]
+    inside = derivative(function, middle)
+    rounding = LAST_PLACES * torch.finfo(z.dtype).eps * (middle.abs() + size.abs())
+    agree = ((inside - quotient) * gap).abs() <= rounding
+    found.view(-1)[near] = torch.where(agree | (gap == 0), inside, quotient)
     return found
 
 

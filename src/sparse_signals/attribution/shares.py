@@ -180,8 +180,9 @@ class _Chunk:
     def at_last(self, norm: Norm) -> Norm:
         """The secant of a normalisation at the last token alone."""
         place = torch.arange(len(self.last), device=self.last.device), self.last
-        parts = (x[place].unsqueeze(1) for x in (norm.inverse, norm.pull, norm.middle))
-        return Norm(*parts, norm.gain, norm.centred)
+        parts = (norm.inverse, norm.pull, norm.middle)
+        inverse, pull, middle = (x[place].unsqueeze(1) for x in parts)
+        return Norm(inverse, pull, middle, norm.gain, norm.centred)
 
     def rows_of(self, row: Int[Tensor, "prompt pos"], tokens: int) -> Int[Tensor, "token"]:
         """The rows of all tokens, or of one in each prompt, the last."""
@@ -207,9 +208,9 @@ class _Chunk:
         elif answer.ndim == 2:
             vector = W_U.T[answer[:, 0]] - W_U.T[answer[:, 1]]
         else:
-            logs = [self._logits(end).log_softmax(-1) for end in (first, second)]
-            chosen = torch.zeros_like(logs[0]).scatter(1, answer.unsqueeze(1), 1.0)
-            vector = LogProbability.between(*logs, chosen).vector @ W_U.T
+            log, other_log = (self._logits(end).log_softmax(-1) for end in (first, second))
+            chosen = torch.zeros_like(log).scatter(1, answer.unsqueeze(1), 1.0)
+            vector = LogProbability.between(log, other_log, chosen).vector @ W_U.T
         return readers(model, first, second, self.last, vector)
 
     def _logits(self, end: Record) -> Float[Tensor, "prompt vocab"]:
@@ -315,7 +316,7 @@ def _edge_values(
     for layer, part in enumerate(found.layers):
         upstream, final = 1 + layer * after, layer == model.n_layers - 1
         W_Q, *shared = reading_weights(model, layer)
-        W_K, W_V = (W.repeat_interleave(groups, dim=0) for W in shared)
+        W_K, W_V = (W.repeat_interleave(groups, 0) if groups > 1 else W for W in shared)
         dest = ends if final else tokens
         norm = chunk.at_last(part.norm) if final else part.norm
         for name, y, W, where, before in (
@@ -323,12 +324,19 @@ def _edge_values(
             ("k", part.k, W_K, part.norm, tokens),
             ("v", part.v, W_V, part.norm, tokens),
         ):
-            vectors = y.transpose(0, 1).flatten(1, 2) @ W.mT
-            vectors = where.folded(vectors.unflatten(1, y.shape[::2]))
-            yield name, layer, _products(vectors, before[:upstream], whole)
+            yield name, layer, _products(_spelled(where, y, W), before[:upstream], whole)
         before = dest[: upstream + model.n_heads]
         yield "mlp", layer, _products(part.mlp.unsqueeze(0), before, whole)
     yield "out", 0, _products(found.out[None, :, None], ends, whole)
+
+
+def _spelled(
+    norm: Norm, y: Float[Tensor, "prompt head some r"], W: Float[Tensor, "head d r"]
+) -> Float[Tensor, "head prompt some d"]:
+    """Readers in the stream, before the normalisation: J̄ᵀ W_h y_h of every head and token."""
+    y = y.transpose(0, 1) * norm.inverse.unsqueeze(-1)
+    vectors = y.flatten(1, 2) @ W.mT
+    return norm.pulled(vectors.unflatten(1, y.shape[1:3]))
 
 
 def _products(
