@@ -8,10 +8,17 @@ import torch
 from aligned import aligned
 from slow_shares import slow_shares
 from sparse_signals.attribution import shares as module
-from sparse_signals.attribution.shares import ShareError, edge_shares, integrated
+from sparse_signals.attribution.shares import (
+    ShareError,
+    edge_shares,
+    integrated,
+    largest_shares,
+    node_shares,
+)
 from sparse_signals.core.forward import Gates, forward, logit_difference
 from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.prompts import PromptError, encode, ioi_prompts
+from sparse_signals.core.run import run
 
 KINDS = ("gpt2", "llama", "qwen2")
 # The passes of the book and of the bridge take softmax in float32 there.
@@ -216,6 +223,32 @@ def test_rows_say_over_which_tokens_shares_are_summed(model, pair):
         assert gap(getattr(whole, name), values.unflatten(0, (8, 12)).sum(1)) < 1e-13
 
 
+def test_nodes_alone_are_the_same(model, pair, monkeypatch):
+    expected = edge_shares(model, *pair, row=each_token(pair[0])).nodes.unflatten(0, (8, 12))
+    assert gap(node_shares(model, *pair), expected) < 1e-15
+    assert float(expected.abs().max()) > 1e-3
+    monkeypatch.setitem(module.COMPLETE, torch.float64, 1e-20)
+    with pytest.raises(ShareError, match="miss what they add up to"):
+        node_shares(model, *pair)
+
+
+def test_the_largest_shares_have_names(model, pair):
+    found = edge_shares(model, *pair)
+    every = torch.cat([getattr(found, name).flatten() for name in INPUTS])
+    table = largest_shares(model, found, len(every))
+    assert len(table) == len(every)
+    assert torch.equal(torch.tensor(table["share"].abs().to_numpy()), every.abs().sort()[0].flip(0))
+    names = model.components["component"].tolist()
+    for _, edge in table.groupby("input").head(20).iterrows():
+        place = (edge["row"], edge["layer"], edge["head"])
+        place = place[: {"mlp": 2, "out": 1}.get(edge["input"], 3)]
+        values = getattr(found, edge["input"])[place]
+        assert float(values[names.index(edge["upstream"])]) == edge["share"]
+    first = table[table["input"] == "q"].iloc[0]
+    assert first["downstream"] == f"{first['layer']}.{first['head']}"
+    assert set(table[table["input"] == "mlp"]["downstream"]) == {"MLP 0", "MLP 1", "MLP 2"}
+
+
 def test_chunks_change_nothing(model, pair, monkeypatch):
     expected = edge_shares(model, *pair)
     monkeypatch.setattr(module, "SHARES_BYTES", 1)
@@ -261,6 +294,37 @@ def test_the_shipped_model_on_its_task(dtype):
     assert float(found.difference.min()) > 1
 
 
+def test_few_edges_carry_the_answer():
+    """S2 becomes IO: with one edge in ten open, most of the difference comes through."""
+    model = load_model("gpt2-ioi", device="cpu")
+    batch = encode(model, ioi_prompts(16, seed=3, tokenizer=model.tokenizer))
+    other = replace(batch, tokens=batch.tokens.clone())
+    other.tokens[torch.arange(16), batch.roles["S2"]] = batch.io
+    pooled = torch.zeros_like(batch.tokens)
+    found = edge_shares(model, batch, other, row=pooled)
+    sizes = [getattr(found, name).abs() for name in INPUTS]
+    every = torch.cat([size.flatten() for size in sizes])
+    edges = int((every > 0).sum())
+    reference = run(model, other).outputs.flatten(0, 1)
+    answers = {}
+    for name, order in (
+        ("none", every.argsort()[:0]),
+        ("strong", every.argsort(descending=True)[: edges // 10]),
+        ("weak", every.argsort(descending=True)[edges // 10 :]),
+    ):
+        opened = torch.zeros_like(every).index_fill(0, order, 1.0)
+        parts = opened.split([size.numel() for size in sizes])
+        gates = {n: x.view(y.shape) for n, x, y in zip(INPUTS, parts, sizes, strict=True)}
+        with torch.no_grad():
+            gated = forward(
+                model, batch, gates=Gates(pooled, reference, each_token(batch), **gates)
+            )
+        answers[name] = float(gated.difference.mean())
+    whole = float(logit_difference(model, batch).mean()) - answers["none"]
+    assert (answers["strong"] - answers["none"]) / whole > 0.8
+    assert (answers["weak"] - answers["none"]) / whole < 0.5
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -277,6 +341,23 @@ def test_batches_must_be_aligned(tiny_gpt2, pair):
 def test_an_answer_is_needed(tiny_gpt2, pair):
     with pytest.raises(PromptError, match="two names"):
         edge_shares(tiny_gpt2, replace(pair[0], io=None), pair[1])
+
+
+@pytest.mark.parametrize("answer", [torch.ones(7, dtype=torch.long), torch.ones(8, 49)], ids=len)
+def test_an_answer_has_one_of_three_shapes(tiny_gpt2, pair, answer):
+    with pytest.raises(ShareError, match="a weight for every logit"):
+        edge_shares(tiny_gpt2, *pair, answer=answer)
+
+
+def test_rows_cover_all_tokens(tiny_gpt2, pair):
+    with pytest.raises(ShareError, match="belongs to a row"):
+        edge_shares(tiny_gpt2, *pair, row=each_token(pair[0]) - 1)
+
+
+def test_prompts_fit_into_the_window(tiny_gpt2):
+    long = aligned(torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
+    with pytest.raises(ShareError, match="prompts have 40 tokens; tiny-gpt2 takes 32"):
+        edge_shares(tiny_gpt2, *long)
 
 
 def test_shares_that_do_not_add_up_are_refused(tiny_gpt2, pair, monkeypatch):

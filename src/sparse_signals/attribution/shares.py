@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,11 +19,11 @@ from sparse_signals.attribution.readers import Readers, readers
 from sparse_signals.attribution.record import Record, reading_weights, record
 from sparse_signals.attribution.secants import LogProbability, Norm
 from sparse_signals.core.forward import normalise
-from sparse_signals.core.model import Model
+from sparse_signals.core.model import Model, head_name, once_per_model
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import fitting_rows
 
-SHARES_BYTES = 2**26  # what all components of a chunk of prompts wrote, in one of the runs
+SHARES_BYTES = 2**27  # what all components of a chunk of prompts wrote, in one of the runs
 SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
 COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
 Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
@@ -98,10 +99,11 @@ def edge_shares(
     Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
     PromptError where no answer is given and prompts have no names.
     """
-    _check_aligned(batch, counterfactual)
-    answer = batch.answers("the answer that is split") if answer is None else answer
     if row is None:
         row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
+    answer = _checked(model, batch, counterfactual, answer)
+    if row.shape != batch.tokens.shape or int(row.min()) < 0:
+        raise ShareError("every token of the prompts belongs to a row, numbered from 0")
     total = _Total(model, int(row.max()) + 1)
     for rows in fitting_rows(model, batch, SHARES_BYTES):
         chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
@@ -109,8 +111,54 @@ def edge_shares(
     return total.finished(exact=points is None)
 
 
-def _check_aligned(batch: Batch, counterfactual: Batch) -> None:
-    """Raise ShareError where prompts and counterfactuals differ in number, length or padding."""
+@torch.no_grad()
+def node_shares(
+    model: Model, batch: Batch, counterfactual: Batch, *, answer: Answer | None = None
+) -> Float[Tensor, "prompt pos component"]:
+    """What every component has of F(x) − F(x′) at every token: Δx_c(t) · reader(t).
+
+    Those of `edge_shares`, for less: about two forward passes and one backward. Embeddings sum to
+    F(x) − F(x′). A head's share is what it hears through query, key and value, passed on.
+    Raises ShareError and PromptError as `edge_shares` does.
+    """
+    answer, pieces, gaps = _checked(model, batch, counterfactual, answer), [], []
+    for rows in fitting_rows(model, batch, SHARES_BYTES):
+        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
+        pieces += [_node_values(chunk, found) for found in chunk.readers(None)]
+        embedding = pieces[-1][:, :, 0]
+        gaps.append(_gap(embedding.sum(1), chunk.difference, embedding.abs().sum(1)).max())
+    _refuse_above(float(torch.stack(gaps).max()), model)
+    return torch.cat(pieces)
+
+
+def largest_shares(model: Model, found: Shares, n: int = 20) -> pd.DataFrame:
+    """The `n` edges of the largest |share|: row, upstream, downstream, input, layer, head, share.
+
+    input is "q", "k", "v", "mlp" or "out"; downstream a head, an MLP or "read-out".
+    """
+    inputs = {name: getattr(found, name) for name in ("q", "k", "v", "mlp", "out")}
+    values = torch.cat([value.flatten() for value in inputs.values()])
+    order = values.abs().argsort(descending=True, stable=True)[:n].cpu()
+    names, start, pieces = model.components["component"].to_numpy(), 0, []
+    for name, value in inputs.items():
+        rank = ((order >= start) & (order < start + value.numel())).nonzero().flatten()
+        place = torch.unravel_index(order[rank] - start, value.shape)
+        nowhere = torch.full_like(rank, -1)
+        layer = place[1] if name != "out" else nowhere
+        head = place[2] if name in "qkv" else nowhere
+        table = pd.DataFrame({"rank": rank, "row": place[0], "layer": layer, "head": head})
+        table["upstream"], table["input"] = names[place[-1].numpy()], name
+        down = {"mlp": "MLP " + table["layer"].astype(str), "out": "read-out"}
+        table["downstream"] = down.get(name, head_name(table["layer"], table["head"]))
+        table["share"] = value.flatten()[(order[rank] - start).to(value.device)].cpu().numpy()
+        pieces.append(table)
+        start += value.numel()
+    ranked = pd.concat(pieces).sort_values("rank").reset_index(drop=True)
+    return ranked[["row", "upstream", "downstream", "input", "layer", "head", "share"]]
+
+
+def _checked(model: Model, batch: Batch, counterfactual: Batch, answer: Answer | None) -> Answer:
+    """The answer. Raises ShareError for one of another shape, and batches that are not aligned."""
     ours, theirs = batch.mask, counterfactual.mask
     if ours.shape != theirs.shape:
         raise ShareError(
@@ -123,6 +171,16 @@ def _check_aligned(batch: Batch, counterfactual: Batch) -> None:
             f"prompt {n} has {int(ours[n].sum())} tokens and its counterfactual "
             f"{int(theirs[n].sum())}: they must have the same number"
         )
+    if ours.shape[1] > model.n_ctx:
+        raise ShareError(f"prompts have {ours.shape[1]} tokens; {model.name} takes {model.n_ctx}")
+    answer = batch.answers("the answer that is split") if answer is None else answer
+    shapes = [(2,), ()] if not answer.is_floating_point() else [(len(model.bridge.embed.W_E),)]
+    if answer.shape not in [(len(ours), *shape) for shape in shapes]:
+        raise ShareError(
+            "an answer is one token, two tokens or a weight for every logit, for each prompt; "
+            f"this one is {tuple(answer.shape)} for {len(ours)} prompts"
+        )
+    return answer
 
 
 @dataclass(frozen=True)
@@ -228,6 +286,31 @@ class _Chunk:
         return logits.gather(1, answer) @ logits.new_tensor([1.0, -1.0])
 
 
+@once_per_model
+def _changing(model: Model) -> Int[Tensor, "changing"]:
+    """The components that may differ in aligned runs: all but positions and output biases."""
+    table = model.components[:-1]
+    same = table["kind"].isin(["position", "bias"])
+    return torch.tensor(table.index[~same].tolist(), device=model.device)
+
+
+def _gap(
+    found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"], size: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """|found − expected| / size, and 0 of nothing."""
+    return (found - expected).abs() / size.clamp_min(SMALLEST)
+
+
+def _refuse_above(worst: float, model: Model) -> None:
+    """Raise ShareError for a gap that rounding does not explain."""
+    limit = COMPLETE[model.dtype]
+    if not worst <= limit:
+        raise ShareError(
+            f"shares miss what they add up to by {worst:.0e} of their size, more than {limit:.0e}: "
+            f"the two runs may be too alike for {model.dtype}"
+        )
+
+
 class _Total:
     """Shares of all chunks, as they come in, and by how much they miss what they add up to."""
 
@@ -239,43 +322,32 @@ class _Total:
         self.edges["mlp"] = torch.zeros(rows, model.n_layers, 1, size, **kind)
         self.edges["out"] = torch.zeros(rows, 1, 1, size, **kind)
         self.nodes = torch.zeros(rows, size, **kind)
-        table = model.components[:-1]
-        same = table["kind"].isin(["position", "bias"])  # in aligned runs
-        self.places = torch.tensor(table.index[~same].tolist(), device=model.device)
+        self.places = _changing(model)
 
     def add_chunk(
         self, chunk: _Chunk, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
     ) -> None:
         """Add the mean over all passes backward, and note by how much it misses."""
-        heads, weight = self.model.n_heads, 1 / len(points or (1,))
+        weight, whole = 1 / len(points or (1,)), bool((row == row[:, :1]).all())
         # the read-out, the embeddings, then heads and MLP of every layer
         own = chunk.difference.new_zeros(len(row), 1 + len(self.places))
         into, size = torch.zeros_like(own), torch.zeros_like(own)
-        whole = bool((row == row[:, :1]).all())
         for found in chunk.readers(points):
+            nodes = weight * _node_values(chunk, found)
+            self.nodes.index_add_(0, row.flatten(), nodes.flatten(0, 1))
+            own[:, 1:] += nodes.sum(1)[:, self.places]
+            size[:, 1] += nodes[:, :, 0].abs().sum(1)
             for name, layer, values in _edge_values(chunk, found, whole):
-                start = 2 + layer * (heads + 1) + (heads if name == "mlp" else 0)
-                start = 0 if name == "out" else start
-                node = slice(start, start + values.shape[1])
-                values = weight * values
+                start = 2 + layer * (self.model.n_heads + 1)
+                start = {"mlp": start + self.model.n_heads, "out": 0}.get(name, start)
+                node, values = slice(start, start + values.shape[1]), weight * values
                 each = values.unflatten(0, (len(row), -1))
                 into[:, node] += each.sum((1, 3))
                 size[:, node] += each.abs().sum((1, 3))
                 self._put(self.edges[name][:, layer], values, chunk.rows_of(row, each.shape[1]))
-            for start, values in _node_values(chunk, found):
-                values = weight * values
-                node = slice(1 + start, 1 + start + values.shape[2])
-                own[:, node] += values.sum(1)
-                places = self.places[start : start + values.shape[2]]
-                rows = chunk.rows_of(row, values.shape[1])
-                self.nodes[:, places] = self.nodes[:, places].index_add(
-                    0, rows, values.flatten(0, 1)
-                )
-                if start == 0:
-                    size[:, 1:2] += values.abs().sum(1)
         into[:, 1] = own[:, 1]
         own[:, :2] = chunk.difference[:, None]
-        gap = (into - own).abs() / torch.maximum(size, size[:, :1]).clamp_min(SMALLEST)
+        gap = _gap(into, own, torch.maximum(size, size[:, :1]))
         self.gaps.append(torch.stack([gap[:, 0].max(), gap[:, 2:].max(), gap[:, 1].max()]))
         self.differences.append(chunk.difference)
 
@@ -293,12 +365,8 @@ class _Total:
     def finished(self, exact: bool) -> Shares:
         """All shares; if they are to be exact, raise ShareError where they do not add up."""
         gaps = Gaps(*torch.stack(self.gaps).amax(0).tolist())
-        limit = COMPLETE[self.model.dtype]
-        if exact and not gaps.worst <= limit:
-            raise ShareError(
-                f"shares miss what they add up to by {gaps.worst:.0e} of their size, more than "
-                f"{limit:.0e}: the two runs may be too alike for {self.model.dtype}"
-            )
+        if exact:
+            _refuse_above(gaps.worst, self.model)
         edges = {name: self.edges[name] for name in "qkv"}
         edges |= {"mlp": self.edges["mlp"][:, :, 0], "out": self.edges["out"][:, 0, 0]}
         return Shares(**edges, nodes=self.nodes, difference=torch.cat(self.differences), gaps=gaps)
@@ -353,16 +421,20 @@ def _products(
     return torch.bmm(left, right.mT)
 
 
-def _node_values(
-    chunk: _Chunk, found: Readers
-) -> Iterator[tuple[int, Float[Tensor, "prompt some node"]]]:
-    """What components have themselves, in order: the number of the first, values at tokens."""
+def _node_values(chunk: _Chunk, found: Readers) -> Float[Tensor, "prompt pos component"]:
+    """What components have themselves, where they write: Δx_c · (what F hears of the stream)."""
     x, other = chunk.ends
-    change = x.embedding - other.embedding
-    yield 0, torch.linalg.vecdot(change, found.embedding).unsqueeze(-1)
-    start = 1
+    tokens, ends = [], []
+    tokens.append(torch.linalg.vecdot(x.embedding - other.embedding, found.embedding))
     for a, b, part in zip(x.layers, other.layers, found.layers, strict=True):
-        yield start, torch.linalg.vecdot(a.z - b.z, part.z).transpose(1, 2)
-        start += part.z.shape[1]
-        yield start, torch.linalg.vecdot(a.mlp - b.mlp, part.written).unsqueeze(-1)
-        start += 1
+        into = ends if part is found.layers[-1] else tokens
+        into += torch.linalg.vecdot(a.z - b.z, part.z).unbind(1)
+        into.append(torch.linalg.vecdot(a.mlp - b.mlp, part.written))
+    places = _changing(chunk.model)
+    size = len(chunk.model.components) - 1
+    values = tokens[0].new_zeros(*tokens[0].shape, size)
+    values[:, :, places[: len(tokens)]] = torch.stack(tokens, dim=-1)
+    last = torch.zeros_like(values[:, 0])
+    last[:, places[len(tokens) :]] = torch.cat(ends, dim=1)
+    values[torch.arange(len(last), device=last.device), chunk.last] += last
+    return values
