@@ -98,6 +98,14 @@ def edge_shares(
     Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
     Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
     PromptError where no answer is given and prompts have no names.
+
+    >>> from dataclasses import replace
+    >>> io_twice = batch.tokens.scatter(1, batch.roles["S2"][:, None], batch.io[:, None])
+    >>> found = edge_shares(model, batch, replace(batch, tokens=io_twice))
+    >>> found.q.shape[:3] == (len(batch.tokens), model.n_layers, model.n_heads)
+    True
+    >>> torch.allclose(found.out.sum(1), found.difference, rtol=1e-3)
+    True
     """
     if row is None:
         row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
