@@ -388,31 +388,42 @@ def _edge_values(
 ) -> Iterator[tuple[str, int, Float[Tensor, "token reader upstream"]]]:
     """The shares of all edges: input, layer, values at every token (or `whole`: every prompt)."""
     model, (tokens, ends) = chunk.model, chunk.changes
-    groups, after = model.n_heads // model.n_kv_heads, model.n_heads + 1
+    heads, groups = model.n_heads, model.n_heads // model.n_kv_heads
+    # readers of queries, keys and values together: few rows make a slow product
+    space = tokens.new_empty(3 * heads, *tokens.shape[1:])
     for layer, part in enumerate(found.layers):
-        upstream, final = 1 + layer * after, layer == model.n_layers - 1
+        upstream, final = 1 + layer * (heads + 1), layer == model.n_layers - 1
+        dest = ends if final else tokens
         W_Q, *shared = reading_weights(model, layer)
         W_K, W_V = (W.repeat_interleave(groups, 0) if groups > 1 else W for W in shared)
-        dest = ends if final else tokens
-        norm = chunk.at_last(part.norm) if final else part.norm
-        for name, y, W, where, before in (
-            ("q", part.q, W_Q, norm, dest),
-            ("k", part.k, W_K, part.norm, tokens),
-            ("v", part.v, W_V, part.norm, tokens),
-        ):
-            yield name, layer, _products(_spelled(where, y, W), before[:upstream], whole)
-        before = dest[: upstream + model.n_heads]
+        parts = [(part.k, W_K), (part.v, W_V)]
+        if final:
+            vectors = space.new_empty(heads, *ends.shape[1:])
+            _spell(chunk.at_last(part.norm), part.q, W_Q, vectors)
+            yield "q", layer, _products(vectors, ends[:upstream], whole)
+        else:
+            parts.append((part.q, W_Q))
+        vectors = space[: len(parts) * heads]
+        for (y, W), out in zip(parts, vectors.split(heads), strict=True):
+            _spell(part.norm, y, W, out)
+        values = _products(vectors, tokens[:upstream], whole).split(heads, dim=1)
+        for name, each in zip("kvq", values, strict=False):
+            yield name, layer, each
+        before = dest[: upstream + heads]
         yield "mlp", layer, _products(part.mlp.unsqueeze(0), before, whole)
     yield "out", 0, _products(found.out[None, :, None], ends, whole)
 
 
-def _spelled(
-    norm: Norm, y: Float[Tensor, "prompt head some r"], W: Float[Tensor, "head d r"]
-) -> Float[Tensor, "head prompt some d"]:
+def _spell(
+    norm: Norm,
+    y: Float[Tensor, "prompt head some r"],
+    W: Float[Tensor, "head d r"],
+    out: Float[Tensor, "head prompt some d"],
+) -> None:
     """Readers in the stream, before the normalisation: J̄ᵀ W_h y_h of every head and token."""
     y = y.transpose(0, 1) * norm.inverse.unsqueeze(-1)
-    vectors = y.flatten(1, 2) @ W.mT
-    return norm.pulled(vectors.unflatten(1, y.shape[1:3]))
+    torch.bmm(y.flatten(1, 2), W.mT, out=out.flatten(1, 2))
+    norm.pulled(out)
 
 
 def _products(
