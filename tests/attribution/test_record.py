@@ -75,6 +75,26 @@ def test_prompts_are_recorded_alone(model, batch):
         assert torch.allclose(ours.exp(), theirs.exp(), rtol=1e-12, atol=1e-14)
 
 
+def test_a_run_can_go_on_from_another(model, batch):
+    """Two sets of prompts that begin alike: what is in front is run once."""
+    other = batch.tokens.clone()
+    other[:, 4:] = other[:, 4:].flip(0)
+    embedding = model.bridge.embed.W_E[torch.cat([batch.tokens, other])]
+    last = batch.last.repeat(2)
+    with torch.no_grad():
+        whole = record(model, embedding, last)
+        front = record(model, embedding[:8, :4], torch.full((8,), 3))
+        found = record(model, embedding[:, 4:], last - 4, front)
+    assert float((found.x - whole.x).abs().max()) < 1e-12
+    for ours, theirs in zip(found.layers, whole.layers, strict=True):
+        assert ours.start == 4 and theirs.start == 0
+        assert float((ours.x - theirs.x[:, 4:]).abs().max()) < 1e-12
+        for name in ("k", "v"):
+            assert float((getattr(ours, name) - getattr(theirs, name)).abs().max()) < 1e-12
+        weights = theirs.log_weights.exp()[:, :, -ours.log_weights.shape[2] :]
+        assert float((ours.log_weights.exp() - weights).abs().max()) < 1e-12
+
+
 def test_padding_changes_nothing(model, batch):
     other = replace(batch, tokens=torch.where(batch.mask, batch.tokens, 7))
     found = [recorded(model, x).x for x in (batch, other)]

@@ -132,9 +132,11 @@ def _through_attention(
     of_weights, of_v = mixing.transpose(cotangent)
     softmax = Softmax.between(a.log_weights, b.log_weights)
     of_q, of_k = score.transpose(softmax.transpose(of_weights))
+    of_k, of_v = (y[:, :, a.start :] for y in (of_k, of_v))  # what is in front never changes
     if model.rotary:
-        of_q = unrotate(of_q, *angles_at(model, of_q.shape[2], last))
-        of_k = unrotate(of_k, *angles_at(model, of_k.shape[2], last))
+        of_q, of_k = (
+            unrotate(y, *angles_at(model, y.shape[2], a.start, last)) for y in (of_q, of_k)
+        )
     return of_q, of_k, of_v
 
 

@@ -25,17 +25,18 @@ class LayerRecord:
     """What one layer computed. `dest` are all tokens, or the last one alone in the last layer.
 
     x, scale: the stream before attention, and what it is divided by; mid, mid_scale before the MLP.
-    q, k: rotated, if rotary; k, v are one for each group of heads that share them, and v without
-    bias. log_weights: ln of attention, −∞ for later sources. z: what heads moved. pre, post: the
-    MLP before and after its nonlinearity; up: what post is multiplied with, if gated.
+    q, k: rotated, if rotary; k, v are one for each group of heads that share them, v without bias,
+    both first of the tokens in front, if there are any. log_weights: ln of attention, −∞ for later
+    sources. z: what heads moved. pre, post: the MLP before and after its nonlinearity; up: what
+    post is multiplied with, if gated.
     """
 
     x: Float[Tensor, "prompt pos d"]
     scale: Float[Tensor, "prompt pos"]
     q: Float[Tensor, "prompt head dest r"]
-    k: Float[Tensor, "prompt group pos r"]
-    v: Float[Tensor, "prompt group pos r"]
-    log_weights: Float[Tensor, "prompt head dest pos"]
+    k: Float[Tensor, "prompt group src r"]
+    v: Float[Tensor, "prompt group src r"]
+    log_weights: Float[Tensor, "prompt head dest src"]
     z: Float[Tensor, "prompt head dest r"]
     mid: Float[Tensor, "prompt dest d"]
     mid_scale: Float[Tensor, "prompt dest"]
@@ -43,6 +44,11 @@ class LayerRecord:
     post: Float[Tensor, "prompt dest m"]
     up: Float[Tensor, "prompt dest m"] | None
     mlp: Float[Tensor, "prompt dest d"]
+
+    @property
+    def start(self) -> int:
+        """How many tokens are in front."""
+        return self.k.shape[2] - self.x.shape[1]
 
     def rows(self, rows: slice) -> "LayerRecord":
         """The same of some of the prompts."""
@@ -70,22 +76,36 @@ class Record:
 
 
 def record(
-    model: Model, embedding: Float[Tensor, "prompt pos d"], last: Int[Tensor, "prompt"]
+    model: Model,
+    embedding: Float[Tensor, "prompt pos d"],
+    last: Int[Tensor, "prompt"],
+    front: Record | None = None,
 ) -> Record:
-    """Run a model from the embeddings of tokens. `last` is the last token of every prompt."""
+    """Run a model from the embeddings of tokens. `last`: which is the last one of each prompt.
+
+    `front`: a run of the tokens in front of them, if there are any. If it has fewer prompts, it is
+    repeated: their first tokens are the same.
+    """
+    start = 0 if front is None else front.layers[0].k.shape[2]
     number = torch.arange(len(last), device=last.device)
-    place = torch.arange(embedding.shape[1], device=last.device)
-    past = place <= place[:, None]
+    src = torch.arange(start + embedding.shape[1], device=last.device)
+    past = src <= src[start:, None]
     x, layers = embedding, []
     if not model.rotary:
-        x = x + model.bridge.pos_embed.W_pos[: len(place)]
+        x = x + model.bridge.pos_embed.W_pos[start : len(src)]
     for layer, block in enumerate(model.bridge.blocks):
         scale = norm_scale(model, x)
         dest = x, scale
         if layer == model.n_layers - 1:
             dest = x[number, last].unsqueeze(1), scale[number, last].unsqueeze(1)
-            past = (place <= last[:, None])[:, None, None]
-        q, k, v = _attention_inputs(model, layer, (x, scale), dest, last)
+            past = (src <= start + last[:, None])[:, None, None]
+        q, k, v = _attention_inputs(model, layer, (x, scale), dest, start, last)
+        if front is not None:
+            old, times = front.layers[layer], len(last) // len(front.x)
+            k, v = (
+                torch.cat([y.repeat(times, 1, 1, 1), new], dim=2)
+                for y, new in ((old.k, k), (old.v, v))
+            )
         grouped = q.unflatten(1, (model.n_kv_heads, -1))
         scores = grouped @ k.unsqueeze(2).mT / float(model.divisor[layer])
         log_weights = scores.flatten(1, 2).masked_fill(~past, -torch.inf).log_softmax(-1)
@@ -116,6 +136,7 @@ def _attention_inputs(
     layer: int,
     src: tuple[Tensor, Tensor],
     dest: tuple[Tensor, Tensor],
+    start: int,
     last: Int[Tensor, "prompt"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of destinations, keys and values of all tokens."""
@@ -125,19 +146,19 @@ def _attention_inputs(
         y = (x / scale.unsqueeze(-1)) @ W[:, :-1].transpose(0, 1).flatten(1)
         y = y.unflatten(-1, (len(W), -1)).transpose(1, 2) + W[:, None, -1]
         if model.rotary and name != "v":
-            y = rotate(y, *angles_at(model, x.shape[1], last))
+            y = rotate(y, *angles_at(model, x.shape[1], start, last))
         found.append(y)
     return found[0], found[1], found[2]
 
 
 def angles_at(
-    model: Model, tokens: int, last: Int[Tensor, "prompt"]
+    model: Model, tokens: int, start: int, last: Int[Tensor, "prompt"]
 ) -> tuple[Float[Tensor, "... r"], Float[Tensor, "... r"]]:
-    """cos and sin of the angles of all tokens, or of the last one of every prompt."""
+    """cos and sin of the angles of the tokens from a start, or of the last one of every prompt."""
     if tokens == 1:
-        cos, sin = (table[last, None, None] for table in angles(model))
+        cos, sin = (table[start + last, None, None] for table in angles(model))
     else:
-        cos, sin = (table[:tokens] for table in angles(model))
+        cos, sin = (table[start : start + tokens] for table in angles(model))
     return cos, sin
 
 

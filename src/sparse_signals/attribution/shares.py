@@ -132,7 +132,8 @@ def node_shares(
     answer, pieces, gaps = _checked(model, batch, counterfactual, answer), [], []
     for rows in fitting_rows(model, batch, SHARES_BYTES):
         chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
-        pieces += [_node_values(chunk, found) for found in chunk.readers(None)]
+        values = [_node_values(chunk, found) for found in chunk.readers(None)]
+        pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
         embedding = pieces[-1][:, :, 0]
         gaps.append(_gap(embedding.sum(1), chunk.difference, embedding.abs().sum(1)).max())
     _refuse_above(float(torch.stack(gaps).max()), model)
@@ -201,15 +202,33 @@ class _Chunk:
     answer: Answer
 
     @cached_property
+    def start(self) -> int:
+        """The first token that differs in any of the prompts: nothing in front of it changes."""
+        differ = (self.batch.tokens != self.counterfactual.tokens) & self.batch.mask
+        first = differ.any(0).nonzero().flatten().tolist()
+        return min([*first[:1], int(self.batch.last.min())])
+
+    @cached_property
     def last(self) -> Int[Tensor, "prompt"]:
-        return self.batch.last.to(self.model.device)
+        """The place of the last token, from the start."""
+        return self.batch.last.to(self.model.device) - self.start
+
+    @cached_property
+    def front(self) -> Record | None:
+        """The run of all that is in front of the start."""
+        if not self.start:
+            return None
+        tokens = self.batch.tokens[:, : self.start].to(self.model.device)
+        last = torch.full_like(self.last, self.start - 1)
+        return record(self.model, self.model.bridge.embed.W_E[tokens], last)
 
     @cached_property
     def ends(self) -> tuple[Record, Record]:
-        """The runs of x and x′, which are made together."""
-        tokens = torch.cat([self.batch.tokens, self.counterfactual.tokens]).to(self.model.device)
-        embedding = self.model.bridge.embed.W_E[tokens]
-        both, prompts = record(self.model, embedding, self.last.repeat(2)), len(self.last)
+        """The runs of x and x′ from the start, made together: what is the same is so to the bit."""
+        tokens = torch.cat([self.batch.tokens, self.counterfactual.tokens])[:, self.start :]
+        embedding = self.model.bridge.embed.W_E[tokens.to(self.model.device)]
+        both = record(self.model, embedding, self.last.repeat(2), self.front)
+        prompts = len(self.last)
         return both.rows(slice(prompts)), both.rows(slice(prompts, None))
 
     @cached_property
@@ -263,7 +282,7 @@ class _Chunk:
         known = {0.0: other, 1.0: x}
         for point in points:
             between = torch.lerp(other.embedding, x.embedding, point)
-            here = known.get(point) or record(self.model, between, self.last)
+            here = known.get(point) or record(self.model, between, self.last, self.front)
             yield self._readers(here, here)
 
     def _readers(self, first: Record, second: Record) -> Readers:
@@ -336,6 +355,7 @@ class _Total:
         self, chunk: _Chunk, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
     ) -> None:
         """Add the mean over all passes backward, and note by how much it misses."""
+        row = row[:, chunk.start :]
         weight, whole = 1 / len(points or (1,)), bool((row == row[:, :1]).all())
         # the read-out, the embeddings, then heads and MLP of every layer
         own = chunk.difference.new_zeros(len(row), 1 + len(self.places))
