@@ -360,6 +360,11 @@ def test_rows_cover_all_tokens(tiny_gpt2, pair):
         edge_shares(tiny_gpt2, *pair, row=each_token(pair[0]) - 1)
 
 
+def test_gradients_need_a_point(tiny_gpt2, pair):
+    with pytest.raises(ShareError, match="at one point or more"):
+        edge_shares(tiny_gpt2, *pair, points=())
+
+
 def test_prompts_fit_into_the_window(tiny_gpt2):
     long = aligned(torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
     with pytest.raises(ShareError, match="prompts have 40 tokens; tiny-gpt2 takes 32"):

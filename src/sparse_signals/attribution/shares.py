@@ -38,7 +38,8 @@ class Gaps:
     """By how much shares miss what they add up to, at worst, over the sum of their sizes.
 
     At the read-out and at the embeddings they miss F(x) − F(x′), at heads and MLPs the node's own
-    share. The sum of sizes is that of the shares into the node, or into the read-out if it is more.
+    share. The sum of sizes is that of the shares into the node, or into the read-out if it is more:
+    a node of which F hears next to nothing has a share made of rounding.
     """
 
     read_out: float
@@ -95,6 +96,8 @@ def edge_shares(
     `points`: gradients instead of secants, the mean of those at some points from x′ (0) to x (1).
     (1.0,) is at x, (0.0,) at x′, (0.0, 1.0) the mean of both, and `integrated(n)` integrated
     gradients, where embeddings go from one to the other. None is exact: the gaps say by how much.
+    Costs about four forward passes of each prompt, in chunks that fit into memory; what
+    prompts have in front of the first token that differs is run once.
     Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
     Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
     PromptError where no answer is given and prompts have no names.
@@ -112,6 +115,8 @@ def edge_shares(
     answer = _checked(model, batch, counterfactual, answer)
     if row.shape != batch.tokens.shape or int(row.min()) < 0:
         raise ShareError("every token of the prompts belongs to a row, numbered from 0")
+    if points is not None and not len(points):
+        raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
     for rows in fitting_rows(model, batch, SHARES_BYTES):
         chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
