@@ -158,7 +158,7 @@ def gate_gradients(model, batch, other, point):
     return dict(zip(values, gradients, strict=True))
 
 
-@pytest.mark.parametrize("points", [(1.0,), (0.0,), (0.0, 1.0), integrated(3)], ids=str)
+@pytest.mark.parametrize("points", [(1.0,), (0.0,), (0.25,), (0.0, 1.0), integrated(3)], ids=str)
 def test_gradients_are_those_of_autograd(kind, model, pair, points):
     found = edge_shares(model, *pair, points=points)
     with torch.no_grad():
