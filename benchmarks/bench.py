@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 import bench_paths
+import bench_shares
 import bench_tracing
 from common import LENGTH, clock, load_random, ratios
 from sparse_signals.core.model import logits
@@ -105,6 +106,7 @@ if __name__ == "__main__":
         show(bench_tracing.growth())
     else:
         tables = [measure(options.prompts), bench_tracing.measure(options.prompts)]
-        show(pd.concat([*tables, bench_paths.measure()]))
+        tables.append(bench_paths.measure())
+        show(pd.concat([*tables, bench_shares.measure(options.prompts)]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.1f} GiB, {torch.get_num_threads()} threads")

@@ -18,8 +18,8 @@ def rotation(
 
 
 def unrotate(
-    y: Float[Tensor, "row r"], cos: Float[Tensor, "row r"], sin: Float[Tensor, "row r"]
-) -> Float[Tensor, "row r"]:
+    y: Float[Tensor, "... r"], cos: Float[Tensor, "... r"], sin: Float[Tensor, "... r"]
+) -> Float[Tensor, "... r"]:
     """Rᵀy of each row, where a query or key of that token is rotated as Rq = q·cos + half(q)·sin.
 
     half([a, b]) = [−b, a]: coordinate n turns together with coordinate n + r/2.
