@@ -7,7 +7,7 @@ and from roots upstream: `trace` → `Circuit`. Each name is loaded when it is f
 >>> model = ss.load_model("gpt2-ioi")
 >>> run = ss.run(model, ss.encode(model, ss.ioi_prompts(64, tokenizer=model.tokenizer)))
 >>> firings = ss.find_firings(run)
->>> circuit = ss.trace(run, [ss.Root(1, 4, "end", "IO")], share=0.7).pool()
+>>> circuit = ss.trace(run, [ss.Root(2, 4, "end", "IO")], share=0.7).pool()
 >>> len(firings) > 1000, len(circuit.edges) > 10
 (True, True)
 """

@@ -52,10 +52,10 @@ circuit.parquet (edges pooled over prompts), and circuit.html to look at.
 TRACE_EXAMPLES = """\
 examples:
   sparse-signals trace --ioi 32 --top 2
-  sparse-signals trace --root 1.4 --root 1.5 --out movers
-  sparse-signals trace --firing 1.4:end:IO
-  sparse-signals trace --firing 1.4:end:IO:S1 --fraction all
-  sparse-signals trace --root 1.5 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
+  sparse-signals trace --root 2.4 --root 3.1 --out movers
+  sparse-signals trace --firing 2.4:end:IO
+  sparse-signals trace --firing 2.4:end:IO:S1 --fraction all
+  sparse-signals trace --root 3.1 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
 
 Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2 (the one that
 comes twice), S1+1 (the token after S1), end (the last token; the only role without names).
