@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.forward import Gates, forward, norm_scale, read_out
+from sparse_signals.core.forward import Gates, forward, read_out
 from sparse_signals.core.model import Model, load_model, logits
 from sparse_signals.core.prompts import Batch, encode, fill, ioi_prompts
 from sparse_signals.core.run import Run, run
 from sparse_signals.core.sentences import NAMES, TEMPLATES
 from sparse_signals.core.stats import bootstrap
 from sparse_signals.heads.svd import head_svd, head_table
+from sparse_signals.tracing.roots import logit_attribution
 from stories import KINDS, Story, composed, either, from_template, held_out_pair, story
 
 SEEN = tuple(t for t in TEMPLATES if not t.held_out)
@@ -250,16 +251,6 @@ class Bench:
         return run.pattern[:, rows, :, i, j].flatten(1).T
 
 
-def direct_attribution(bench: Bench) -> Float[Tensor, "prompt component"]:
-    """The part of logit(IO) − logit(S) that each component writes itself."""
-    model, batch = bench.model, bench.batch
-    x = bench.clean.run.outputs[torch.arange(len(batch.last)), batch.last]
-    norm, W_U = model.bridge.ln_final, model.bridge.unembed.W_U.T
-    towards = (W_U[batch.io] - W_U[batch.s]) * norm.w
-    towards = towards - towards.mean(-1, keepdim=True)
-    return torch.einsum("pcd,pd->pc", x, towards) / norm_scale(model, x.sum(1))[:, None]
-
-
 def last_named(model: Model, n: int = 200) -> Float[Tensor, "head"]:
     """Mean attention from the end to a new person, named after the one who is named twice."""
     told = [x for x in stories_of(either, False, 3 * n) if x.kind == "a new person after"][:n]
@@ -295,8 +286,8 @@ def head_evidence(bench: Bench) -> pd.DataFrame:
         table[f"Δ top-1, {where}"] = [float((x.top1 - clean.top1).mean()) for x in found]
         gaps = [float((x.difference - clean.difference).mean()) for x in found]
         table[f"Δ logit difference, {where}"] = gaps
-    written = direct_attribution(bench).mean(0)
-    table["direct attribution"] = written[model.is_head[:-1]]
+    written = logit_attribution(clean.run)[0].mean(0)
+    table["direct attribution"] = written[model.is_head]
     table["participation of σ"] = head_table(head_svd(model))["participation"]
     return table
 
@@ -458,9 +449,10 @@ def measure(folder: Path, n: int = 1000) -> Evidence:
 
 def direct_evidence(bench: Bench) -> pd.DataFrame:
     """What each kind of component writes into the logit difference itself, and its share."""
-    parts = pd.Series(direct_attribution(bench).mean(0))
-    table = parts.groupby(bench.model.components["kind"][:-1].to_numpy(), sort=False).sum()
-    whole = float(bench.clean.difference.mean())
+    parts, whole = logit_attribution(bench.clean.run)
+    kind = bench.model.components["kind"].replace("bias row", "bias of the read-out")
+    table = pd.Series(parts.mean(0)).groupby(kind.to_numpy(), sort=False).sum()
+    whole = float(whole.mean())
     return pd.DataFrame(
         {"kind": table.index, "written": table.values, "share": table.values / whole}
     )
@@ -533,7 +525,10 @@ def gate_table(
 
 
 def working(layers: pd.DataFrame, whole: float) -> pd.Series:
-    """What each layer changes of the logit difference: alone, or with one that backs it up."""
+    """What each layer changes of the logit difference: alone, or with one that backs it up.
+
+    Two back each other up that together lose a tenth more of it than in sum.
+    """
     change = (
         layers.groupby("layers")["Δ logit difference"].agg(lambda x: x[x.abs().idxmax()]) / whole
     )
@@ -543,7 +538,7 @@ def working(layers: pd.DataFrame, whole: float) -> pd.Series:
         backed = [
             -change[", ".join(pair)]
             for pair in pairs
-            if change[", ".join(pair)] < min(0, sum(change[x] for x in pair))
+            if change[", ".join(pair)] < sum(change[x] for x in pair) - LITTLE
         ]
         found[layer] = max(abs(change[layer]), *backed, 0)
     return pd.Series(found)

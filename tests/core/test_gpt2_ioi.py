@@ -114,9 +114,10 @@ def test_the_counterfactual_repeats_nobody(bench):
     assert not same[rows, bench.batch.roles["S1"]].any() and (~same).sum() == len(same)
 
 
-def test_direct_attribution_adds_up(bench):
-    total = evidence.direct_attribution(bench).sum(1)
-    torch.testing.assert_close(total, bench.clean.difference)
+def test_what_is_written_directly_adds_up(bench):
+    table = evidence.direct_evidence(bench)
+    assert table["share"].sum() == pytest.approx(1)
+    assert table["written"].sum() == pytest.approx(float(bench.clean.difference.mean()))
 
 
 def test_missed_gates_are_named(bench):
@@ -127,7 +128,7 @@ def test_missed_gates_are_named(bench):
         columns=["layers", "Δ logit difference"],
     )
     worked = evidence.working(layers, 8.0)  # 1 and 2 back each other up
-    assert worked.tolist() == [0.7625, 0.25, 0.25]
+    assert worked.tolist() == [0.75, 0.25, 0.25]
     losses = [(0.01, 0.02, 0.12), (0.3, 0.01, 0.9), (0.01, 0.01, 0.02), (-0.02, 0.01, 0.2)]
     losses = pd.DataFrame(losses, columns=["a alone", "b alone", "both"])
     ratio = evidence.redundancy(losses)
