@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from evidence import LOGIT, Evidence
+from evidence import LOGIT, STAGES, TOP, Evidence
 
 Table = pd.DataFrame
 
@@ -35,14 +35,43 @@ def card(chosen: Evidence, recipe: dict[str, Any], tables: dict[str, Table]) -> 
     parts = {name: markdown(table) for name, table in shown.items()}
     missed = chosen.missed
     parts["missed"] = f"It misses: {'; '.join(missed)}." if missed else "It passes every gate."
-    parts["seed"] = str(recipe["seed"])
+    parts |= {"seed": str(recipe["seed"]), "hinted": hinted(chosen, recipe["hinted"])}
+    parts["why"] = without_movers(chosen)
+    ratios = chosen.pairs[chosen.pairs["measure"] == LOGIT]["ratio"]
+    parts["largest"] = f"{ratios.max():.2f}"
     text = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
+def hinted(chosen: Evidence, number: int) -> str:
+    """Which heads of each stage began with a hint, and which without."""
+    told, heads = [], chosen.heads
+    first = heads["head"].str.split(".").str[1].astype(int) < number
+    for stage in STAGES:
+        of = heads["stage"] == stage
+        groups = [", ".join(heads["head"][of & x]) or "none" for x in (first, ~first)]
+        told.append(f"Of the {stage}, {groups[0]} had one and {groups[1]} had not.")
+    return " ".join(told)
+
+
+def without_movers(chosen: Evidence) -> str:
+    """What is left of the answer where all movers are ablated, and what carriers write into it."""
+    left = chosen.stages[chosen.stages["ablated"] == "movers"].set_index("measure")["value"]
+    whole, heads = clean_difference(chosen), chosen.heads
+    written = heads["direct attribution"][heads["stage"] == "carriers"].sum()
+    return (
+        f"Without its movers the model still answers {100 * left[TOP]:.0f} of 100 prompts, with "
+        f"{100 * left[LOGIT] / whole:.0f} % of the logit difference; the carriers write "
+        f"{100 * written / whole:.0f} % of it into the logits themselves."
+    )
+
+
 def lessons(values: tuple[dict[str, Any], ...]) -> str:
     """What is asked for, layers, steps."""
-    each = [f"{x['name']} ({x['layers']} layers, {x['steps']} steps)" for x in values]
+    each = [
+        f"{x['name']} ({x['layers']} layer{'s' * (x['layers'] > 1)}, {x['steps']} steps)"
+        for x in values
+    ]
     return ", ".join(each)
 
 

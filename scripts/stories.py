@@ -1,7 +1,7 @@
 """Training text for gpt2-ioi: endless short stories that end in " to", and who may come next.
 
 One rule holds for every story: the answer is a person named once in it. Where one is named twice,
-that one must be found and left out; who is named last, or gives, is of no help, since both vary.
+that one must be found and left out; who is named last, or gives, is not enough, since both vary.
 Some pairs of names never meet in training (`held_out_pair`), and neither do the held-out
 templates of `sparse_signals.sentences`; their words do, in other sentences.
 """

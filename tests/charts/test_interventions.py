@@ -53,11 +53,17 @@ def test_effects_count_edges_that_move_attention_and_the_answer():
 
 
 def test_ratios_stay_in_the_frame():
-    rows = [("A: x", "by score", "global", 0.5, 0.2, 0.8), ("B: y", "by score", "global", np.inf,
-            1.2, np.inf), ("A: x", "published", "global", 0.8, np.nan, np.nan)]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["experiment", "source", "scope", "ratio", "low", "high"])
+    rows = [("A: x", "by score", "global", 0.5, 0.2, 0.8, -1.0, -1.0, -1.0),
+            ("A: x", "by contrast", "global", 0.5, 0.2, 0.8, -1.0, -1.0, -1.0),  # the same again
+            ("B: y", "by score", "global", np.inf, 1.2, np.inf, -1.0, 0.5, -2.0),
+            ("C: z", "by score", "global", 0.5, 0.2, 0.8, 1.0, 1.0, 1.0),  # a gain
+            ("A: x", "published", "global", 0.8, np.nan, np.nan, -1.0, -1.0, -1.6)]  # fmt: skip
+    columns = ["experiment", "source", "scope", "ratio", "low", "high"]
+    table = pd.DataFrame(rows, columns=[*columns, "first", "second", "together"])
     chart = charts.ratios(table)
-    assert "of 2 global counterparts here, the ratio is clearly below 1 in 1 and" in title(chart)
+    assert "of 2 different global losses here, the ratio is clearly below 1 in 1 and" in title(
+        chart
+    )
     numbers = [row["ratio"] for data in spec(chart)["datasets"].values() for row in data
                if "ratio" in row]  # fmt: skip
     assert max(numbers) == charts.FRAME[1]
@@ -69,7 +75,7 @@ def test_interactions_ignore_rounding():
             ("1.5", "b", "c", -1.0, -1.5, -0.5)]  # fmt: skip
     columns = ["root", "first", "second", "value", "low", "high"]
     chart = charts.interaction_map(pd.DataFrame(rows, columns=columns))
-    assert "Of 3 pairs of edges, 1 back each other up and 1 take" in title(chart)
+    assert "Of 3 pairs of edges, 1 lose more together than in sum and 1 less" in title(chart)
     assert "1.00" in drawn(chart)
 
 

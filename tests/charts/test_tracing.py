@@ -70,8 +70,10 @@ def test_reasons_name_the_largest_share_of_each_question():
             for component, share in shares.items()]  # fmt: skip
     columns = ["component", "question", "slices", "share", "low", "high"]
     chart = charts.reasons(pd.DataFrame(rows, columns=columns), "1.4")
-    assert "0.2 writes most of 1.4's score at the indirect object (80\xa0%)" in title(chart)
-    assert "0.0 most of its preference over the subject (50\xa0%)" in title(chart)
+    assert "0.2 has the largest share of 1.4's score at the indirect object (80\xa0%)" in title(
+        chart
+    )
+    assert "0.0 that of its preference over the subject (50\xa0%)" in title(chart)
     assert drawn(chart)
 
 

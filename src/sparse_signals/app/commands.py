@@ -229,7 +229,7 @@ def describe_prompts(job: Job) -> str:
     """Where the prompts come from, for the facts of a circuit."""
     number = len(job.batch.tokens)
     if job.options.prompt:
-        return f"{number} given"
+        return job.batch.table["text"].item() if number == 1 else f"{number} given"
     if job.options.prompts:
         return f"{number} from {job.options.prompts.name}"
     return f"{number} on IOI, seed {job.options.seed}"

@@ -161,10 +161,17 @@ def _task_title(table: pd.DataFrame) -> str:
     return "Edges that clearly lower attention when ablated globally. " + "; ".join(said)
 
 
+def global_losses(table: pd.DataFrame) -> pd.DataFrame:
+    """Different global results of which both sum and joint effect are losses: their ratio reads."""
+    rows = table[table["scope"] == "global"].round(9)
+    rows = rows.drop_duplicates(["first", "second", "together"])
+    return rows[(rows["together"] < 0) & (rows["first"] + rows["second"] < 0)]
+
+
 def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Joint effect ÷ sum of single effects, here and as published; radio buttons for the scope.
 
-    Columns: experiment, source, scope, ratio, low, high.
+    Columns: experiment, source, scope, first, second, together, ratio, low, high.
     """
     sources = distinct(table["source"])
     shown = table.assign(**{x: table[x].clip(*FRAME) for x in ("ratio", "low", "high")})
@@ -181,13 +188,13 @@ def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
         tooltip=["experiment:N", "source:N", *tooltips("ratio", "low", "high")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
-    ours = table[table["low"].notna() & (table["scope"] == "global")]
+    ours = global_losses(table[table["low"].notna()])
     below, above = int((ours["high"] < 1).sum()), int((ours["low"] > 1).sum())
     return finish(
         (line_at("x", 1.0) + rules + points)
         .add_params(pick)
         .properties(width=WIDTH - 120, height=alt.Step(14)),
-        f"Together against one by one: of {len(ours)} global counterparts here, the ratio is "
+        f"Together against one by one: of {len(ours)} different global losses here, the ratio is "
         f"clearly below 1 in {below} and clearly above in {above}",
         "Dot plot: joint effect over the sum of single effects for six experiments, here with 95 % "
         "intervals, and as published for GPT-2 small without. Radio buttons choose the scope.",
@@ -232,8 +239,8 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     up, down = int((clear["value"] > 0).sum()), int((clear["value"] < 0).sum())
     return finish(
         (squares + words).add_params(pick).properties(width=alt.Step(64), height=alt.Step(38)),
-        f"Of {len(table)} pairs of edges, {up} back each other up and {down} take what the other "
-        "takes, with intervals clear of zero",
+        f"Of {len(table)} pairs of edges, {up} lose more together than in sum and {down} less, "
+        "with intervals clear of zero",
         "Heat map: the Shapley interaction of every two edges into a root, in logits; the number "
         "stands in the square, and a frame marks intervals clear of zero. A menu chooses the root.",
     )

@@ -189,8 +189,8 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     look, rather = (first.loc[q] for q in questions)
     return finish(
         (rules + points).add_params(pick).properties(width=WIDTH - 200, height=alt.Step(11)),
-        f"{look['component']} writes most of {head}'s score at the indirect object "
-        f"({percent(look['share'])}), {rather['component']} most of its preference over the "
+        f"{look['component']} has the largest share of {head}'s score at the indirect object "
+        f"({percent(look['share'])}), {rather['component']} that of its preference over the "
         f"subject ({percent(rather['share'])}): destination side, {slices[0]}",
         "Dot plot with intervals: for each upstream component its share of the score of a head at "
         "the indirect object, and its share of the difference to the score at the subject. "

@@ -328,9 +328,8 @@ def _unknown(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     if unknown := [word for word in words if not (known(word) or known(f" {word}"))]:
         large = {x: x.capitalize() for x in unknown if known(f" {x.capitalize()}")}
         hints = [f"{x} (write {large[x]})" if x in large else x for x in dict.fromkeys(unknown)]
-        return (
-            f"not in the vocabulary: {', '.join(hints)} (the model knows {len(tokenizer):,} words)"
-        )
+        size = len(tokenizer) - len(tokenizer.all_special_ids)
+        return f"not in the vocabulary: {', '.join(hints)} (the model knows {size:,} words)"
     if known(" ".join(text.split())):
         return f"a space too many, at the start, at the end or beside another: {text!r}"
     parts = [part for part in re.findall(r"\s?(?:\w+|[^\w\s]+)", text) if not known(part)]
