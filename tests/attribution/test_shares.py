@@ -378,6 +378,20 @@ def test_shares_that_do_not_add_up_are_refused(tiny_gpt2, pair, monkeypatch):
     edge_shares(tiny_gpt2, *pair, points=(1.0,))
 
 
+def test_rounding_of_a_small_difference_is_no_fault():
+    """Logits of 10 are known to 1e-5 in float32, so is a difference that is 0.02 in all."""
+    model = load_model("gpt2-ioi", device="cpu")
+    tokens = torch.randint(
+        1, len(model.tokenizer), (256, 16), generator=torch.Generator().manual_seed(0)
+    )
+    batch, other = aligned(tokens, torch.ones_like(tokens, dtype=torch.bool), places=(2, 4, 9))
+    values = node_shares(model, batch, other)[:, :, 0]
+    found = edge_shares(model, batch, other)
+    gap = (values.sum(1) - found.difference).abs()
+    assert (gap / values.abs().sum(1)).max() > 2e-5 and gap.max() < 5e-5
+    assert found.gaps.worst < 1e-4
+
+
 @pytest.mark.parametrize("name", ["Softmax", "Mixing", "Score", "Norm", "Pointwise"])
 def test_a_wrong_secant_is_noticed(tiny_gpt2, pair, monkeypatch, name):
     """Any operation at one run instead of between both."""

@@ -26,6 +26,9 @@ from sparse_signals.core.run import fitting_rows
 SHARES_BYTES = 2**27  # what all components of a chunk of prompts wrote, in one of the runs
 SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
 COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
+LAST_PLACES = 16  # units in the last place of its logits that F may be wrong by
+# Parts of the logits of F: where shares sum to less, that much rounding is more than the limit.
+LEAST = {kind: LAST_PLACES * torch.finfo(kind).eps / limit for kind, limit in COMPLETE.items()}
 Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
 
 
@@ -36,6 +39,8 @@ class ShareError(ValueError):
 @dataclass(frozen=True)
 class Gaps:
     """By how much shares miss what they add up to, at worst, over the sum of their sizes.
+
+    That sum counts as at least what rounding the logits of F may be of the limit.
 
     At the read-out and at the embeddings they miss F(x) − F(x′), at heads and MLPs the node's own
     share. The sum of sizes is that of the shares into the node, or into the read-out if it is more:
@@ -140,7 +145,8 @@ def node_shares(
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
         pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
         embedding = pieces[-1][:, :, 0]
-        gaps.append(_gap(embedding.sum(1), chunk.difference, embedding.abs().sum(1)).max())
+        size = torch.maximum(embedding.abs().sum(1), chunk.rounding)
+        gaps.append(_gap(embedding.sum(1), chunk.difference, size).max())
     _refuse_above(float(torch.stack(gaps).max()), model)
     return torch.cat(pieces)
 
@@ -241,6 +247,18 @@ class _Chunk:
         """F(x) − F(x′)."""
         first, second = (self._value(end) for end in self.ends)
         return first - second
+
+    @cached_property
+    def rounding(self) -> Float[Tensor, "prompt"]:
+        """The sum of sizes at which rounding the logits of F is a gap at the limit."""
+        answer, extent = self.answer.to(self.model.device), torch.zeros_like(self.difference)
+        for end in self.ends:
+            logits = self._logits(end).abs()
+            if answer.is_floating_point():
+                extent += torch.linalg.vecdot(logits, answer.abs())
+            else:
+                extent += logits.gather(1, answer.reshape(len(answer), -1)).sum(1)
+        return extent * LEAST[self.model.dtype]
 
     @cached_property
     def changes(
@@ -380,7 +398,8 @@ class _Total:
                 self._put(self.edges[name][:, layer], values, chunk.rows_of(row, each.shape[1]))
         into[:, 1] = own[:, 1]
         own[:, :2] = chunk.difference[:, None]
-        gap = _gap(into, own, torch.maximum(size, size[:, :1]))
+        least = torch.maximum(size[:, :1], chunk.rounding[:, None])
+        gap = _gap(into, own, torch.maximum(size, least))
         self.gaps.append(torch.stack([gap[:, 0].max(), gap[:, 2:].max(), gap[:, 1].max()]))
         self.differences.append(chunk.difference)
 
