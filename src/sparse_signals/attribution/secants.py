@@ -18,7 +18,7 @@ Function = Callable[[Tensor], Tensor]
 # Below it the quotient of differences is worse than the derivative in the middle, of which the
 # error is g‴ Δz² / 24, while that of the quotient is rounding / Δz.
 NEAR = {torch.float32: 1e-2, torch.float64: 2e-5}
-LAST_PLACES = 16  # units in the last place that g of a number may be wrong by
+LAST_PLACES = 16  # units in the last place that a number of a run may be wrong by
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_signals.attribution.readers import Readers, readers
 from sparse_signals.attribution.record import Record, reading_weights, record
-from sparse_signals.attribution.secants import LogProbability, Norm
+from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, head_name, once_per_model
 from sparse_signals.core.prompts import Batch
@@ -26,7 +26,6 @@ from sparse_signals.core.run import fitting_rows
 SHARES_BYTES = 2**27  # what all components of a chunk of prompts wrote, in one of the runs
 SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
 COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
-LAST_PLACES = 16  # units in the last place of its logits that F may be wrong by
 # Parts of the logits of F: where shares sum to less, that much rounding is more than the limit.
 LEAST = {kind: LAST_PLACES * torch.finfo(kind).eps / limit for kind, limit in COMPLETE.items()}
 Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
