@@ -58,6 +58,12 @@ def test_every_prompt_is_in_the_vocabulary(model):
     assert set(ioi_prompts(1500, tokenizer=model.tokenizer)["io"]) == set(NAMES)
 
 
+def test_the_number_of_words_is_the_one_that_is_told(model):
+    words = len(model.tokenizer) - len(model.tokenizer.all_special_ids)
+    page = (script.ROOT / "book" / "command-line.md").read_text(encoding="utf-8")
+    assert f"The shipped model knows {words} words." in page
+
+
 def test_the_sentence_of_the_book_is_answered(model):
     table = pd.DataFrame({"text": [BOOK], "io": ["Mary"], "s": ["John"]})
     batch = encode(model, table, bos=True)
