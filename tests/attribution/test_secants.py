@@ -134,16 +134,17 @@ def read_out():
 
 
 def log_probability():
-    answer = torch.nn.functional.one_hot(torch.arange(PROMPTS), WIDTH).double()
+    right = torch.nn.functional.one_hot(torch.arange(PROMPTS), WIDTH).bool()
+    right[0, 3:5] = True
 
     def inputs(seed):
         return (3 * stream(seed)[0][:, 0],)
 
     def operation(logits):
-        return (logits.log_softmax(-1) * answer).sum(-1)
+        return logits.log_softmax(-1).masked_fill(~right, -torch.inf).logsumexp(-1)
 
     def secant(logits, other):
-        return LogProbability.between(logits.log_softmax(-1), other.log_softmax(-1), answer)
+        return LogProbability.between(logits.log_softmax(-1), other.log_softmax(-1), right)
 
     return inputs, operation, secant
 

@@ -17,6 +17,7 @@ from sparse_signals.attribution.shares import (
 )
 from sparse_signals.core.forward import Gates, forward, logit_difference
 from sparse_signals.core.model import load_model, logits
+from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import PromptError, encode, ioi_prompts
 from sparse_signals.core.run import run
 
@@ -47,15 +48,6 @@ def each_token(batch):
 
 def gap(a, b):
     return float((a - b).abs().max())
-
-
-def direction_of(batch, width=50):
-    ids = batch.answers("a test")
-    return (
-        torch.zeros(len(ids), width)
-        .double()
-        .scatter(1, ids, torch.tensor([[1.0, -1.0]] * 8).double())
-    )
 
 
 # --- they are exact -------------------------------------------------------------------------------
@@ -119,7 +111,8 @@ def test_they_are_derivatives_of_gates_on_differences(model, tokens, mask, promp
     """
     everywhere = mask if max(places) < 8 else torch.ones_like(mask)
     batch, other = aligned(tokens, everywhere, places)
-    direction = direction_of(batch)
+    ids = batch.answers("a test")
+    direction = torch.zeros(8, 50).double().scatter(1, ids, torch.tensor([[1.0, -1]] * 8).double())
     found = edge_shares(model, batch, other, row=each_token(batch))
     length = int(batch.mask[prompt].sum())
     expected = slow_shares(
@@ -196,24 +189,35 @@ def test_of_nearly_equal_runs_they_are_gradients(tiny_llama, pair):
 # --- answers, rows, chunks ------------------------------------------------------------------------
 
 
-def test_any_direction_in_logits_can_be_the_answer(model, pair):
-    direction = direction_of(pair[0])
-    found, expected = edge_shares(model, *pair, answer=direction), edge_shares(model, *pair)
+def test_any_weights_of_logits_can_be_asked(model, pair):
+    ids = pair[0].answers("a test")
+    one, half = (Objective(ids, torch.tensor([[x, -x]] * 8)) for x in (1.0, 0.5))
+    whole, expected = edge_shares(model, *pair, objective=one), edge_shares(model, *pair)
+    part = edge_shares(model, *pair, objective=half)
     for name in INPUTS:
-        assert gap(getattr(found, name), getattr(expected, name)) < 1e-14
-    one, two = (edge_shares(model, *pair, answer=torch.randn(8, 50).double()).q for _ in range(2))
-    assert gap(one, two) > 1e-4
+        assert gap(getattr(whole, name), getattr(expected, name)) < 1e-14
+        assert gap(2 * getattr(part, name), getattr(expected, name)) < 1e-14
+    several = Objective.difference([[3, 4, 5]] * 8, [[6]] * 8)
+    found, each = edge_shares(model, *pair, objective=several), [
+        edge_shares(model, *pair, objective=Objective.difference([[x]] * 8, [[6]] * 8)).q
+        for x in (3, 4, 5)
+    ]  # fmt: skip
+    assert gap(3 * found.q, sum(each)) < 1e-13
 
 
-def test_a_log_probability_is_split_too(kind, model, pair):
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_log_probability_is_split_too(kind, model, pair, others):
     batch, other = pair
-    found = edge_shares(model, batch, other, answer=batch.io)
-    every = [logits(model, x.tokens, x.last).log_softmax(-1) for x in pair]
-    expected = (every[0] - every[1]).gather(1, batch.io[:, None])[:, 0]
+    right = [[token, *range(48, 48 + others)] for token in batch.io.tolist()]
+    asked = Objective.log_probability(right)
+    found = edge_shares(model, batch, other, objective=asked)
+    every = [logits(model, x.tokens, x.last).softmax(-1) for x in pair]
+    sums = [torch.stack([p[row].sum() for p, row in zip(x, right, strict=True)]) for x in every]
+    expected = sums[0].log() - sums[1].log()
     assert gap(found.difference, expected) < TOLERANCE[kind]
     assert found.gaps.worst < 1e-12
-    slope = edge_shares(model, batch, other, answer=batch.io, points=integrated(32))
-    assert gap(slope.nodes[:, 0], expected) < 1e-3
+    slope = edge_shares(model, batch, other, objective=asked, points=integrated(32))
+    assert gap(slope.nodes[:, 0], expected) < 2e-3
 
 
 def test_rows_say_over_which_tokens_shares_are_summed(model, pair):
@@ -349,10 +353,9 @@ def test_an_answer_is_needed(tiny_gpt2, pair):
         edge_shares(tiny_gpt2, replace(pair[0], io=None), pair[1])
 
 
-@pytest.mark.parametrize("answer", [torch.ones(7, dtype=torch.long), torch.ones(8, 49)], ids=len)
-def test_an_answer_has_one_of_three_shapes(tiny_gpt2, pair, answer):
-    with pytest.raises(ShareError, match="a weight for every logit"):
-        edge_shares(tiny_gpt2, *pair, answer=answer)
+def test_the_objective_is_of_these_prompts(tiny_gpt2, pair):
+    with pytest.raises(ShareError, match="of 7 prompts"):
+        edge_shares(tiny_gpt2, *pair, objective=Objective.log_probability([[1]] * 7))
 
 
 def test_rows_cover_all_tokens(tiny_gpt2, pair):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
@@ -287,9 +287,11 @@ class ReadOut:
 
 @dataclass(frozen=True)
 class LogProbability:
-    """F = l_a − ln Σ_v e^{l_v}: ΔF = Δl_a − Σ_v L_v Δl_v / Σ_v L_v, as in `Softmax`.
+    """F = ln Σ_a e^{l_a} − ln Σ_v e^{l_v}, a of the right tokens and v of all.
 
-    `vector` is what ΔF is of the change of logits: 1 at the answer, less the weights L / Σ L.
+    ΔF = Σ_a R_a Δl_a / Σ_a R_a − Σ_v L_v Δl_v / Σ_v L_v, with the logarithmic means R of the
+    probabilities among right tokens and L of those among all, as in `Softmax`.
+    `vector` is what ΔF is of the change of logits.
     """
 
     vector: Float[Tensor, "prompt vocab"]
@@ -299,11 +301,13 @@ class LogProbability:
         cls,
         log: Float[Tensor, "prompt vocab"],
         other_log: Float[Tensor, "prompt vocab"],
-        answer: Float[Tensor, "prompt vocab"],
+        right: Bool[Tensor, "prompt vocab"],
     ) -> "LogProbability":
-        """From the log-probabilities of two runs, and 1 at the answer of every prompt."""
-        weight = logarithmic_mean(log, other_log)
-        return cls(answer - weight / weight.sum(-1, keepdim=True))
+        """From the log-probabilities of two runs, and which tokens are right in every prompt."""
+        among = (x.masked_fill(~right, -torch.inf).log_softmax(-1) for x in (log, other_log))
+        means = (logarithmic_mean(*pair) for pair in (tuple(among), (log, other_log)))
+        ours, every = (weight / weight.sum(-1, keepdim=True) for weight in means)
+        return cls(ours - every)
 
     def apply(self, change: Float[Tensor, "prompt vocab"]) -> Float[Tensor, "prompt"]:
         """Δl → ΔF."""

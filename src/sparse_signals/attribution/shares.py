@@ -20,6 +20,7 @@ from sparse_signals.attribution.record import Record, reading_weights, record
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, head_name, once_per_model
+from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import fitting_rows
 
@@ -28,7 +29,6 @@ SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
 COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # Parts of the logits of F: where shares sum to less, that much rounding is more than the limit.
 LEAST = {kind: LAST_PLACES * torch.finfo(kind).eps / limit for kind, limit in COMPLETE.items()}
-Answer = Int[Tensor, "prompt 2"] | Int[Tensor, "prompt"] | Float[Tensor, "prompt vocab"]
 
 
 class ShareError(ValueError):
@@ -87,15 +87,14 @@ def edge_shares(
     batch: Batch,
     counterfactual: Batch,
     *,
-    answer: Answer | None = None,
+    objective: Objective | None = None,
     row: Int[Tensor, "prompt pos"] | None = None,
     points: Sequence[float] | None = None,
 ) -> Shares:
     """Split F(x) − F(x′) over all edges, for prompts x of a batch and their counterfactuals x′.
 
     Edge c → input at token t: Δx_c(t) · reader(t), through the secants of both runs.
-    F is read at the last token. `answer`: two tokens a, b (F = logit a − logit b; None: IO and S of
-    the batch), one token (F = its log-probability), or a weight for every logit.
+    F is the `objective` at the last token; None: logit(IO) − logit(S) of the batch.
     `row` numbers the rows over whose tokens shares are summed; None: one for every prompt.
     `points`: gradients instead of secants, the mean of those at some points from x′ (0) to x (1).
     (1.0,) is at x, (0.0,) at x′, (0.0, 1.0) the mean of both, and `integrated(n)` integrated
@@ -116,21 +115,21 @@ def edge_shares(
     """
     if row is None:
         row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
-    answer = _checked(model, batch, counterfactual, answer)
+    objective = _checked(model, batch, counterfactual, objective)
     if row.shape != batch.tokens.shape or int(row.min()) < 0:
         raise ShareError("every token of the prompts belongs to a row, numbered from 0")
     if points is not None and not len(points):
         raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
     for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
+        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
         total.add_chunk(chunk, row[rows].to(model.device), points)
     return total.finished(exact=points is None)
 
 
 @torch.no_grad()
 def node_shares(
-    model: Model, batch: Batch, counterfactual: Batch, *, answer: Answer | None = None
+    model: Model, batch: Batch, counterfactual: Batch, *, objective: Objective | None = None
 ) -> Float[Tensor, "prompt pos component"]:
     """What every component has of F(x) − F(x′) at every token: Δx_c(t) · reader(t).
 
@@ -138,9 +137,9 @@ def node_shares(
     F(x) − F(x′). A head's share is what it hears through query, key and value, passed on.
     Raises ShareError and PromptError as `edge_shares` does.
     """
-    answer, pieces, gaps = _checked(model, batch, counterfactual, answer), [], []
+    objective, pieces, gaps = _checked(model, batch, counterfactual, objective), [], []
     for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), answer[rows])
+        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
         pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
         embedding = pieces[-1][:, :, 0]
@@ -176,8 +175,10 @@ def largest_shares(model: Model, found: Shares, n: int = 20) -> pd.DataFrame:
     return ranked[["row", "upstream", "downstream", "input", "layer", "head", "share"]]
 
 
-def _checked(model: Model, batch: Batch, counterfactual: Batch, answer: Answer | None) -> Answer:
-    """The answer. Raises ShareError for one of another shape, and batches that are not aligned."""
+def _checked(
+    model: Model, batch: Batch, counterfactual: Batch, objective: Objective | None
+) -> Objective:
+    """The objective. Raises ShareError for that of other prompts, and batches not aligned."""
     ours, theirs = batch.mask, counterfactual.mask
     if ours.shape != theirs.shape:
         raise ShareError(
@@ -192,14 +193,12 @@ def _checked(model: Model, batch: Batch, counterfactual: Batch, answer: Answer |
         )
     if ours.shape[1] > model.n_ctx:
         raise ShareError(f"prompts have {ours.shape[1]} tokens; {model.name} takes {model.n_ctx}")
-    answer = batch.answers("the answer that is split") if answer is None else answer
-    shapes = [(2,), ()] if not answer.is_floating_point() else [(len(model.bridge.embed.W_E),)]
-    if answer.shape not in [(len(ours), *shape) for shape in shapes]:
-        raise ShareError(
-            "an answer is one token, two tokens or a weight for every logit, for each prompt; "
-            f"this one is {tuple(answer.shape)} for {len(ours)} prompts"
-        )
-    return answer
+    if objective is None:
+        io, wrong = batch.answers("the answer that is split")[:, :, None].unbind(1)
+        objective = Objective.difference(io.tolist(), wrong.tolist())
+    if len(objective) != len(ours):
+        raise ShareError(f"the objective is of {len(objective)} prompts, not of these {len(ours)}")
+    return objective
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class _Chunk:
     model: Model
     batch: Batch
     counterfactual: Batch
-    answer: Answer
+    objective: Objective
 
     @cached_property
     def start(self) -> int:
@@ -244,19 +243,16 @@ class _Chunk:
     @cached_property
     def difference(self) -> Float[Tensor, "prompt"]:
         """F(x) − F(x′)."""
-        first, second = (self._value(end) for end in self.ends)
+        first, second = (self.objective.value(self._logits(end)) for end in self.ends)
         return first - second
 
     @cached_property
     def rounding(self) -> Float[Tensor, "prompt"]:
         """The sum of sizes at which rounding the logits of F is a gap at the limit."""
-        answer, extent = self.answer.to(self.model.device), torch.zeros_like(self.difference)
+        asked, extent = self.objective.to(self.difference), torch.zeros_like(self.difference)
         for end in self.ends:
-            logits = self._logits(end).abs()
-            if answer.is_floating_point():
-                extent += torch.linalg.vecdot(logits, answer.abs())
-            else:
-                extent += logits.gather(1, answer.reshape(len(answer), -1)).sum(1)
+            logits = self._logits(end).abs().gather(1, asked.tokens)
+            extent += torch.linalg.vecdot(logits, asked.weights.abs())
         return extent * LEAST[self.model.dtype]
 
     @cached_property
@@ -308,31 +304,20 @@ class _Chunk:
             yield self._readers(here, here)
 
     def _readers(self, first: Record, second: Record) -> Readers:
-        model, answer = self.model, self.answer.to(self.model.device)
-        W_U = model.bridge.unembed.W_U
-        if answer.is_floating_point():
-            vector = answer @ W_U.T
-        elif answer.ndim == 2:
-            vector = W_U.T[answer[:, 0]] - W_U.T[answer[:, 1]]
-        else:
+        W_U, asked = self.model.bridge.unembed.W_U, self.objective.to(first.x)
+        if asked.logarithm:
             log, other_log = (self._logits(end).log_softmax(-1) for end in (first, second))
-            chosen = torch.zeros_like(log).scatter(1, answer.unsqueeze(1), 1.0)
-            vector = LogProbability.between(log, other_log, chosen).vector @ W_U.T
-        return readers(model, first, second, self.last, vector)
+            right = torch.zeros_like(log, dtype=torch.bool)
+            right.scatter_(1, asked.tokens, asked.weights != 0)
+            vector = LogProbability.between(log, other_log, right).vector @ W_U.T
+        else:
+            vector = torch.einsum("pk,pkd->pd", asked.weights, W_U.T[asked.tokens])
+        return readers(self.model, first, second, self.last, vector)
 
     def _logits(self, end: Record) -> Float[Tensor, "prompt vocab"]:
         unembed = self.model.bridge.unembed
         final = normalise(self.model, self.model.bridge.ln_final, end.x, end.scale)
         return final @ unembed.W_U + unembed.b_U
-
-    def _value(self, end: Record) -> Float[Tensor, "prompt"]:
-        """F, from the logits."""
-        logits, answer = self._logits(end), self.answer.to(self.model.device)
-        if answer.is_floating_point():
-            return torch.linalg.vecdot(logits, answer)
-        if answer.ndim == 1:
-            return logits.log_softmax(-1).gather(1, answer.unsqueeze(1))[:, 0]
-        return logits.gather(1, answer) @ logits.new_tensor([1.0, -1.0])
 
 
 @once_per_model
