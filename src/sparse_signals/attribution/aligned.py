@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.attribution.readers import Readers, readers
+from sparse_signals.attribution.readers import Node, Readers, readers
 from sparse_signals.attribution.record import Record, record
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
@@ -117,10 +117,15 @@ class AlignedRuns:
         return both.rows(slice(prompts)), both.rows(slice(prompts, None))
 
     @cached_property
+    def values(self) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]:
+        """F(x) and F(x′), from the logits."""
+        first, second = (self.objective.value(self._logits(end)) for end in self.ends)
+        return first, second
+
+    @property
     def difference(self) -> Float[Tensor, "prompt"]:
         """F(x) − F(x′)."""
-        first, second = (self.objective.value(self._logits(end)) for end in self.ends)
-        return first - second
+        return self.values[0] - self.values[1]
 
     @cached_property
     def rounding(self) -> Float[Tensor, "prompt"]:
@@ -158,16 +163,17 @@ class AlignedRuns:
 
     def at_last(self, norm: Norm) -> Norm:
         """The secant of a normalisation at the last token alone."""
-        place = torch.arange(len(self.last), device=self.last.device), self.last
-        parts = (norm.inverse, norm.pull, norm.middle)
-        inverse, pull, middle = (x[place].unsqueeze(1) for x in parts)
-        return Norm(inverse, pull, middle, norm.gain, norm.centred)
+        return norm.at((torch.arange(len(self.last))[:, None], self.last[:, None]))
 
     def rows_of(self, row: Int[Tensor, "prompt pos"], tokens: int) -> Int[Tensor, "token"]:
         """The rows of all tokens, or of one in each prompt, the last."""
         return (row if tokens > 1 else row.gather(1, self.last[:, None])).flatten()
 
-    def readers(self, points: Sequence[float] | None) -> Iterator[Readers]:
+    def readers_of(self, node: Node) -> Readers:
+        """Through the secants of both runs, of a node."""
+        return readers(self.model, *self.ends, self.last, node)
+
+    def readers(self, points: Sequence[float] | None = None) -> Iterator[Readers]:
         """Through the secants of both runs, or the gradients at points in between."""
         if points is None:
             yield self._readers(*self.ends)

@@ -140,10 +140,8 @@ def _through_mlp(
     """The reader of an MLP, of what F hears of its output."""
     block, (norm, secant) = model.bridge.blocks[layer], mlp_secants(model, layer, a, b)
     y = secant.transpose(cotangent @ block.mlp.W_out.T)
-    if isinstance(y, tuple):
-        y = y[0] @ block.mlp.W_gate.T + y[1] @ block.mlp.W_in.T
-    else:
-        y = y @ block.mlp.W_in.T
+    mlp = block.mlp
+    y = y[0] @ mlp.W_gate.T + y[1] @ mlp.W_in.T if isinstance(y, tuple) else y @ mlp.W_in.T
     return norm.transpose(y)
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
+Place = tuple[Int[Tensor, "..."], ...]  # indices of the first dimensions
 
 # Below it the quotient of differences is worse than the derivative in the middle, of which the
 # error is g‴ Δz² / 24, while that of the quotient is rounding / Δz.
@@ -52,6 +53,11 @@ class Norm:
         return cls(
             total / (2 * product), 2 / (x.shape[-1] * product * total), middle, gain, centred
         )
+
+    def at(self, place: Place) -> "Norm":
+        """The secant at some of the tokens."""
+        inverse, pull, middle = (x[place] for x in (self.inverse, self.pull, self.middle))
+        return Norm(inverse, pull, middle, self.gain, self.centred)
 
     def apply(self, change: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Δx → Δn."""
@@ -198,6 +204,10 @@ class Pointwise:
         """From the inputs of two runs and what g makes of them."""
         return cls(slopes(function, z, other, value, other_value))
 
+    def at(self, place: Place) -> "Pointwise":
+        """The secant at some of the tokens."""
+        return Pointwise(self.slope[place])
+
     def apply(self, change: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Δz → Δg."""
         return self.slope * change
@@ -255,6 +265,10 @@ class Gated:
     ) -> "Gated":
         """From the secant of g and the values of two runs, g(u) and w."""
         return cls(gate.slope * torch.lerp(w, other_w, 0.5), torch.lerp(value, other_value, 0.5))
+
+    def at(self, place: Place) -> "Gated":
+        """The secant at some of the tokens."""
+        return Gated(self.slope[place], self.factor[place])
 
     def apply(
         self, u: Float[Tensor, "*shape"], w: Float[Tensor, "*shape"]

@@ -1,0 +1,257 @@
+"""Which nodes and edges carry F(x) − F(x′): the graph below the answer, token by token.
+
+A node is a component at a token. An edge leads from what a component wrote at a token to an input
+of a node: the query, key or value of a head at its destination, an MLP, or the read-out. Its share
+is Δx_c · reader. The strength of an edge is the smallest |share| on the best way from it to the
+answer, so the edges above any strength hang together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_signals.attribution.aligned import COMPLETE, AlignedRuns, ShareError
+from sparse_signals.attribution.inputs import (
+    INPUTS,
+    Heads,
+    Inputs,
+    MLPs,
+    into_heads,
+    into_mlps,
+    out_of_heads,
+    out_of_mlps,
+)
+from sparse_signals.attribution.readers import Node, Readers
+from sparse_signals.core.matmul import grouped_matmul
+from sparse_signals.core.model import Model
+
+READ_OUT = -1  # the number of what edges of kind "out" lead to
+FLAT = 1e-3  # of the sizes of its parts: an F that changes by less does not change
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges of some prompts; components numbered as in `AlignedRuns.changes`, tokens from start.
+
+    `kind` numbers `INPUTS`. `token` is where `up` writes, `dest` where `down` does. `value` is the
+    share in units of F, `size` the sum of |value| over all edges into the same node.
+    """
+
+    prompt: Int[Tensor, "edge"]
+    up: Int[Tensor, "edge"]
+    token: Int[Tensor, "edge"]
+    down: Int[Tensor, "edge"]
+    dest: Int[Tensor, "edge"]
+    kind: Int[Tensor, "edge"]
+    value: Float[Tensor, "edge"]
+    size: Float[Tensor, "edge"]
+    strength: Float[Tensor, "edge"]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, chosen: Tensor) -> "Edges":
+        return Edges(*(x[chosen] for x in vars(self).values()))
+
+
+def ranks(group: Int[Tensor, "row"], value: Float[Tensor, "row"]) -> Int[Tensor, "row"]:
+    """The place of every row among those of its group, the largest value first, from 0."""
+    order = value.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    start = torch.searchsorted(group[order], group[order])
+    place = torch.arange(len(order), device=order.device) - start
+    return torch.empty_like(order).index_copy_(0, order, place)
+
+
+def first_head(model: Model, layer: int) -> int:
+    """The number of the first head of a layer, which is how many components are in front of it."""
+    return 1 + layer * (model.n_heads + 1)
+
+
+def component_of(model: Model, node: Node) -> int:
+    """The number of the head or MLP that a node is."""
+    return first_head(model, node.layer) + (model.n_heads if node.part == "mlp" else int(node.part))
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Nodes of one layer, or read-outs, with their own shares, and readers at their inputs."""
+
+    prompt: Int[Tensor, "node"]
+    number: Int[Tensor, "node"]
+    dest: Int[Tensor, "node"]
+    own: Float[Tensor, "node"]
+    inputs: Inputs
+    upstream: int
+
+
+def change_of(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt"]:
+    """ΔF of a node that F is: its direction times what differs there."""
+    return torch.linalg.vecdot(_differing(runs, node), node.direction)
+
+
+def _differing(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt d"]:
+    """Δ of what a node writes."""
+    prompt, (tokens, ends) = torch.arange(len(runs.last), device=runs.last.device), runs.changes
+    if node.part == "stream":
+        upstream = first_head(runs.model, node.layer)
+        many = node.layer < runs.model.n_layers
+        return (tokens[:upstream, prompt, node.place] if many else ends[:, :, 0]).sum(0)
+    number = component_of(runs.model, node)
+    return tokens[number, prompt, node.place] if number < len(tokens) else ends[number, :, 0]
+
+
+def find_edges(
+    runs: AlignedRuns, found: Readers, node: Node | None = None, least: float = 0.0
+) -> Edges:
+    """All edges that hang together with the answer by shares of at least `least` of |ΔF|.
+
+    From the top: edges into a node are looked for where an edge out of it was found. Prompts whose
+    F does not change have none. Raises ShareError where shares into a node miss its own.
+    """
+    tokens, ends = runs.changes
+    if node is None:
+        whole, parts = runs.difference, found.out * ends[:, :, 0].sum(0)
+    else:
+        whole, parts = change_of(runs, node), node.direction * _differing(runs, node)
+    extent = parts.abs().sum(1)
+    scale = whole.abs().masked_fill(whole.abs() <= FLAT * extent, torch.inf)
+    floor = torch.maximum(extent, runs.rounding)
+    strength, pieces = tokens.new_zeros(len(whole), len(ends), tokens.shape[2]), []
+    for nodes in _from_the_top(runs, found, node, whole, strength):
+        inputs = nodes.inputs
+        prompt = nodes.prompt[inputs.node]
+        values = upstream_values(runs, prompt, inputs, nodes.upstream)
+        sums = values.new_zeros(len(nodes.prompt), 2)
+        sums.index_add_(0, inputs.node, torch.stack([values.sum(1), values.abs().sum(1)], dim=1))
+        total, size = sums.unbind(1)
+        _check(runs.model, total - nodes.own, torch.maximum(size, floor[nodes.prompt]))
+        part = values.abs() / scale[prompt, None]
+        row, up = ((part >= least) & (values != 0)).nonzero(as_tuple=True)
+        of, token = inputs.node[row], inputs.token[row]
+        number = nodes.number[of]
+        limit = torch.ones_like(part[row, up]) * torch.inf
+        inside = number != READ_OUT
+        at = nodes.prompt[of][inside], number[inside], nodes.dest[of][inside]
+        limit[inside] = strength[at]
+        edges = Edges(
+            prompt[row], up, token, number, nodes.dest[of], inputs.kind[row],
+            values[row, up], size[of], torch.minimum(part[row, up], limit),
+        )  # fmt: skip
+        place = (edges.prompt * strength.shape[1] + up) * strength.shape[2] + token
+        strength.view(-1).scatter_reduce_(0, place, edges.strength, "amax")
+        pieces.append(edges)
+    return Edges(
+        *(torch.cat(parts) for parts in zip(*(vars(x).values() for x in pieces), strict=True))
+    )
+
+
+def _from_the_top(
+    runs: AlignedRuns,
+    found: Readers,
+    node: Node | None,
+    whole: Float[Tensor, "prompt"],
+    strength: Float[Tensor, "prompt component pos"],
+) -> Iterator[_Nodes]:
+    """Nodes that edges lead out of so far: the answer, then MLP and heads of every layer."""
+    model, number = runs.model, torch.arange(len(whole), device=whole.device)
+    top = model.n_layers
+    if node is None or node.part == "stream":
+        place = runs.last if node is None else node.place
+        reader = found.out if node is None else node.direction
+        kind = torch.full_like(number, INPUTS.index("out"))
+        inputs = Inputs(number, kind, place, reader)
+        top = model.n_layers if node is None else node.layer
+        yield _Nodes(number, kind * 0 + READ_OUT, place, whole, inputs, first_head(model, top))
+    else:
+        strength[number, component_of(model, node), node.place] = torch.inf
+        top = node.layer + 1
+    for layer in reversed(range(top)):
+        first, readers = first_head(model, layer), found.layers[layer]
+        a, b = (end.layers[layer] for end in runs.ends)
+        prompt, dest = strength[:, first + model.n_heads].nonzero(as_tuple=True)
+        here = dest if a.mlp.shape[1] > 1 else torch.zeros_like(dest)
+        written, change = (x[prompt, here] for x in (readers.written, a.mlp - b.mlp))
+        if node is not None and (node.layer, node.part) == (layer, "mlp"):
+            written = node.direction[prompt]
+        own = torch.linalg.vecdot(written, change)
+        inputs = into_mlps(runs, MLPs(layer, prompt, dest), written)
+        which = torch.full_like(prompt, first + model.n_heads)
+        yield _Nodes(prompt, which, dest, own, inputs, first + model.n_heads)
+        prompt, head, dest = strength[:, first : first + model.n_heads].nonzero(as_tuple=True)
+        here = dest if a.z.shape[2] > 1 else torch.zeros_like(dest)
+        z, change = (x[prompt, head, here] for x in (readers.z, a.z - b.z))
+        inputs, _ = into_heads(runs, Heads(layer, prompt, head, dest), z)
+        own = torch.linalg.vecdot(z, change)
+        yield _Nodes(prompt, first + head, dest, own, inputs, first)
+
+
+def upstream_values(
+    runs: AlignedRuns, prompt: Int[Tensor, "row"], inputs: Inputs, upstream: int
+) -> Float[Tensor, "row upstream"]:
+    """Δx_c · reader of all components in front."""
+    tokens, ends = runs.changes
+    if upstream > len(tokens):  # after the last attention, only the last token is known
+        return grouped_matmul(inputs.reader, ends[:upstream, :, 0].permute(1, 2, 0), prompt)
+    matrices = tokens[:upstream].flatten(1, 2).permute(1, 2, 0)
+    return grouped_matmul(inputs.reader, matrices, prompt * tokens.shape[2] + inputs.token)
+
+
+def _check(model: Model, gap: Float[Tensor, "node"], size: Float[Tensor, "node"]) -> None:
+    worst = (
+        float((gap.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)).max()) if len(gap) else 0.0
+    )
+    if not worst <= COMPLETE[model.dtype]:
+        raise ShareError(f"shares into a node miss its own by {worst:.0e} of their size")
+
+
+# --- what a part of the graph carries ------------------------------------------------------------
+
+
+def carried(
+    runs: AlignedRuns, found: Readers, edges: Edges, node: Node | None = None
+) -> Float[Tensor, "prompt"]:
+    """How much of ΔF comes along ways that lead from tokens to the answer by these edges alone.
+
+    The differences of the embeddings go forward through the secants, along the edges. Over all
+    edges it is ΔF.
+    """
+    model, (tokens, ends) = runs.model, runs.changes
+    prompts, length = tokens.shape[1:3]
+    change = tokens.new_zeros(len(ends), *tokens.shape[1:])
+    change[0] = tokens[0]
+    top = model.n_layers if node is None else node.layer + (node.part != "stream")
+
+    def read(mine: Edges, nodes: Tensor) -> Inputs:
+        rows = change[mine.up, mine.prompt, mine.token]
+        return Inputs(nodes, mine.kind, mine.token, rows)
+
+    for layer in range(top):
+        first = first_head(model, layer)
+        of_heads = (edges.down >= first) & (edges.down < first + model.n_heads)
+        for here in (of_heads, edges.down == first + model.n_heads):
+            mine = edges[here]
+            place = (mine.prompt * len(ends) + mine.down) * length + mine.dest
+            place, nodes = place.unique(return_inverse=True)
+            prompt, number, dest = (
+                place // (length * len(ends)),
+                place // length % len(ends),
+                place % length,
+            )
+            if here is of_heads:
+                heads = Heads(layer, prompt, number - first, dest)
+                out = out_of_heads(runs, heads, read(mine, nodes))
+            else:
+                out = out_of_mlps(runs, MLPs(layer, prompt, dest), read(mine, nodes))
+            change[number, prompt, dest] = out
+    if node is None or node.part == "stream":
+        mine = edges[edges.down == READ_OUT]
+        reader = found.out if node is None else node.direction
+        value = torch.linalg.vecdot(change[mine.up, mine.prompt, mine.token], reader[mine.prompt])
+        return value.new_zeros(prompts).index_add(0, mine.prompt, value)
+    prompt = torch.arange(prompts, device=change.device)
+    written = change[component_of(model, node), prompt, node.place]
+    return torch.linalg.vecdot(written, node.direction)

@@ -1,0 +1,254 @@
+"""The tables of a trace from the answer, for prompts that fit into memory together."""
+
+import re
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_signals.attribution.aligned import AlignedRuns, ShareError, changing
+from sparse_signals.attribution.graph import (
+    READ_OUT,
+    Edges,
+    carried,
+    change_of,
+    find_edges,
+    first_head,
+    ranks,
+)
+from sparse_signals.attribution.inputs import Heads
+from sparse_signals.attribution.paths import Ways, find_paths
+from sparse_signals.attribution.readers import Node, Readers
+from sparse_signals.attribution.signals import compare
+from sparse_signals.core.model import Model
+from sparse_signals.tracing.roots import position_of
+
+CHANNELS = ("query", "key", "value", "MLP", "direct")
+ANSWER = "answer"
+SMALLEST_GRAPH, STEP = 8, 1.5  # edges of the first graph that is tried, and how it grows
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How much of ΔF a graph is to carry, and what is looked at.
+
+    part: edges are taken, the strongest first, until they alone carry this part of ΔF, up to as
+    much more or less as is left. least: shares of |ΔF| below it are not looked at. beam, paths: how
+    many ways are followed for each prompt, and how many whole paths are kept.
+    """
+
+    part: float = 0.8
+    least: float = 0.002
+    beam: int = 256
+    paths: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part < 1:
+            raise ValueError("part must be above 0 and below 1")
+        if not 0 <= self.least < 1:
+            raise ValueError("least must be at least 0 and below 1")
+        if self.beam < 1 or self.paths < 1:
+            raise ValueError("beam and paths must be at least 1")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A node to ask about instead of the answer: "2.4", "MLP 3" or "stream 3", at a role or place.
+
+    "stream 3" is the sum of all that was written in front of layer 3. `direction`: what of it is
+    asked, one vector for all prompts; None: what the answer hears of it, so that F is its share.
+
+    >>> str(Asked("2.4", "end"))
+    '2.4 at end'
+    """
+
+    component: str
+    token: str | int
+    direction: Float[Tensor, "d"] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.component} at {self.token}"
+
+
+def node_of(runs: AlignedRuns, asked: Asked, found: Readers) -> Node:
+    """The node that is asked about. Raises ShareError for what the model has not."""
+    model = runs.model
+    match = re.fullmatch(r"(MLP|stream) (\d+)|(\d+)\.(\d+)", asked.component)
+    if match is None:
+        raise ShareError(f"{asked.component!r} is no node: write 2.4, MLP 2 or stream 2")
+    layer, part = int(match[2] or match[3]), {"MLP": "mlp"}.get(match[1], match[1])
+    part = int(match[4]) if part is None else part
+    if layer > model.n_layers - (part != "stream") or part == model.n_heads:
+        raise ShareError(f"{model.name} has no {asked.component}")
+    if isinstance(part, int) and part >= model.n_heads:
+        raise ShareError(f"{model.name} has no head {asked.component}")
+    place = position_of(runs.batch, asked.token).to(runs.last.device) - runs.start
+    late = layer + (part != "stream") >= model.n_layers
+    if late and bool((place != runs.last).any()):
+        raise ShareError(f"{asked}: of the last layer, only what it does at the last token counts")
+    if bool((place < 0).any()):
+        raise ShareError(f"{asked}: nothing differs that early")
+    if asked.direction is None:
+        return Node(layer, part, place, _heard(runs, found, layer, part, place))
+    direction = asked.direction.to(runs.ends[0].x).expand(len(place), -1)
+    return Node(layer, part, place, direction)
+
+
+def _heard(
+    runs: AlignedRuns, found: Readers, layer: int, part: int | str, place: Int[Tensor, "prompt"]
+) -> Float[Tensor, "prompt d"]:
+    """What F hears of a head or an MLP at a token."""
+    if part == "stream":
+        raise ShareError("say along which direction a stream is asked about")
+    readers, prompt = found.layers[layer], torch.arange(len(place), device=place.device)
+    many = readers.written.shape[1] > 1
+    here = place if many else torch.zeros_like(place)
+    written = readers.written[prompt, here]
+    return written if part == "mlp" else written + readers.mlp[prompt, here]
+
+
+def tables_of(
+    runs: AlignedRuns, asked: Asked | None, settings: AnswerSettings
+) -> dict[str, pd.DataFrame]:
+    """The tables of `AnswerTrace`, prompts numbered from 0."""
+    found, node, whole = next(runs.readers()), None, runs.difference
+    if asked is not None:
+        node = node_of(runs, asked, found)
+        whole, found = change_of(runs, node), runs.readers_of(node)
+    edges = find_edges(runs, found, node, settings.least)
+    graph, explained = smallest_graph(runs, found, edges, node, settings.part)
+    count = torch.bincount(edges.prompt[graph], minlength=len(whole))
+    first, second = runs.values
+    prompts = {
+        "prompt": torch.arange(len(whole)), "f": first, "counterfactual_f": second,
+        "difference": whole, "flat": torch.bincount(edges.prompt, minlength=len(whole)) == 0,
+        "edges": count, "explained": explained,
+    }  # fmt: skip
+    ways, ends = find_paths(runs, found, node, settings.beam, settings.least / 10)
+    return {
+        "prompts": pd.DataFrame({name: x.cpu().numpy() for name, x in prompts.items()}),
+        "edges": _edge_table(runs, edges, graph, whole),
+        "tokens": _token_table(runs, found, whole),
+        "paths": _path_table(runs, ways, ends, whole, settings.paths),
+        "comparisons": _comparison_table(runs, found, edges[graph], whole),
+    }
+
+
+def smallest_graph(
+    runs: AlignedRuns, found: Readers, edges: Edges, node: Node | None, part: float
+) -> tuple[Bool[Tensor, "edge"], Float[Tensor, "prompt"]]:
+    """Which edges are in the smallest graph of each prompt that carries a part of ΔF, and how much.
+
+    The strongest edges come first. Where no graph does, it is the one of all edges.
+    """
+    whole = runs.difference if node is None else change_of(runs, node)
+    rank = ranks(edges.prompt, edges.strength)
+    chosen = torch.zeros_like(rank, dtype=torch.bool)
+    explained, open_ = torch.full_like(whole, torch.nan), torch.ones_like(whole, dtype=torch.bool)
+    size, largest = float(SMALLEST_GRAPH), int(rank.max()) + 1 if len(rank) else 0
+    while largest and bool(open_.any()):
+        last = size >= largest
+        within = (rank < size) & open_[edges.prompt]
+        share = carried(runs, found, edges[within], node) / whole
+        enough = open_ & (((share - 1).abs() <= 1 - part) | last)
+        explained = torch.where(enough, share, explained)
+        chosen |= within & enough[edges.prompt]
+        open_ &= ~enough
+        size *= STEP
+    return chosen, explained
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def _names(model: Model) -> tuple[pd.Series, pd.Series]:
+    """Names and heights of the components that can change, and of the answer as the last one."""
+    table = model.components.iloc[changing(model).tolist()]
+    names = [*table["component"], ANSWER]
+    return pd.Series(names), pd.Series([*table["height"], float(model.n_layers)])
+
+
+def _edge_table(
+    runs: AlignedRuns, edges: Edges, graph: Bool[Tensor, "edge"], whole: Float[Tensor, "prompt"]
+) -> pd.DataFrame:
+    names, heights = _names(runs.model)
+    parts = {name: x.cpu().numpy() for name, x in vars(edges).items()}
+    down = parts["down"] % len(names)  # READ_OUT is the last one
+    table = pd.DataFrame(
+        {
+            "prompt": parts["prompt"],
+            "upstream": names.to_numpy()[parts["up"]],
+            "token": parts["token"] + runs.start,
+            "channel": pd.Series(CHANNELS).to_numpy()[parts["kind"]],
+            "downstream": names.to_numpy()[down],
+            "dest": parts["dest"] + runs.start,
+            "value": parts["value"],
+            "share": (edges.value / whole[edges.prompt]).cpu().numpy(),
+            "of_node": (edges.value / edges.size).cpu().numpy(),
+            "strength": parts["strength"],
+            "graph": graph.cpu().numpy(),
+            "up_layer": heights.to_numpy()[parts["up"]],
+            "down_layer": heights.to_numpy()[down],
+        }
+    )
+    return table.sort_values(["prompt", "strength"], ascending=[True, False], kind="stable")
+
+
+def _token_table(runs: AlignedRuns, found: Readers, whole: Float[Tensor, "prompt"]) -> pd.DataFrame:
+    """What the embedding of every token has, those of all tokens: they sum to ΔF."""
+    value = torch.linalg.vecdot(runs.changes[0][0], found.embedding)
+    value = torch.nn.functional.pad(value, (runs.start, 0))
+    prompt, pos = runs.batch.mask.nonzero(as_tuple=True)
+    value, share = value[prompt, pos], (value / whole[:, None])[prompt, pos]
+    labels = [runs.batch.labels[p][t] for p, t in zip(prompt.tolist(), pos.tolist(), strict=True)]
+    return pd.DataFrame(
+        {"prompt": prompt, "pos": pos, "token": labels, "value": value.cpu(), "share": share.cpu()}
+    )
+
+
+def _path_table(
+    runs: AlignedRuns, ways: Ways, ends: Int[Tensor, "path"], whole: Float[Tensor, "prompt"], n: int
+) -> pd.DataFrame:
+    """The largest paths of every prompt in words, from the token to the answer."""
+    ends = ends[ranks(ways.prompt[ends], ways.value[ends].abs()) < n]
+    names, _ = _names(runs.model)
+    rows, number, before = [], ways.number.tolist(), ways.before.tolist()
+    token, kind = (ways.token + runs.start).tolist(), ways.kind.tolist()
+    for end in ends.tolist():
+        prompt, step, words = int(ways.prompt[end]), end, []
+        while step >= 0 and number[step] != READ_OUT:
+            label = runs.batch.labels[prompt][token[step]].strip()
+            words.append(f"{names[number[step]]} at {label}")
+            if kind[step] >= 0:
+                words.append(f"→ {CHANNELS[kind[step]]} of")
+            step = before[step]
+        text = " ".join([*words, "the answer"] if step >= 0 else words)
+        rows.append((prompt, token[end], text, len(words) // 2))
+    table = pd.DataFrame(rows, columns=["prompt", "pos", "text", "steps"])
+    value = ways.value[ends]
+    table["value"] = value.cpu().numpy()
+    table["share"] = (value / whole[ways.prompt[ends]]).cpu().numpy()
+    order = ["prompt", "share"]
+    table = table.sort_values(order, ascending=[True, False], key=abs, kind="stable")
+    return table.assign(path=table.groupby("prompt").cumcount())
+
+
+def _comparison_table(
+    runs: AlignedRuns, found: Readers, edges: Edges, whole: Float[Tensor, "prompt"]
+) -> pd.DataFrame:
+    """What heads of a graph compare, where its edges lead into their queries and keys."""
+    model, comparing = runs.model, edges[(edges.kind < CHANNELS.index("value"))]
+    columns = torch.stack([comparing.down, comparing.prompt, comparing.dest]).unique(dim=1)
+    nodes = []
+    for layer in range(model.n_layers):
+        first = first_head(model, layer)
+        down, prompt, dest = columns[
+            :, (columns[0] >= first) & (columns[0] < first + model.n_heads)
+        ]
+        if len(down):
+            nodes.append(Heads(layer, prompt, down - first, dest))
+    table = compare(runs, found, nodes)
+    share = table["value"] / whole.cpu().numpy()[table["prompt"]]
+    return table.assign(share=share)
