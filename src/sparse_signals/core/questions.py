@@ -177,7 +177,7 @@ class _Tokens:
     def warn(self) -> None:
         """Say which items are more than a token."""
         if self.split:
-            item, found = next(iter(self.split.items()))
+            found = next(iter(self.split.values()))
             more = f" (and so for {len(self.split) - 1} more)" * (len(self.split) > 1)
             warnings.warn(
                 f"{self.read(found)!r} is {len(found)} tokens: its first, "
