@@ -3,8 +3,9 @@
 A table has a column text and, as far as they are known, answer, wrong, counterfactual, template
 (the number of the sentence: what varies independently) and those of `encode`. An answer is one
 item or several with | between them. An item is the token that comes next: "#1234" by its number,
-anything else as the text goes on with it. A space comes before a word; not before a sign, not after
-a space or an opening bracket, and not between two digits, where a number goes on.
+anything else as the text goes on with it. A space comes before a word; not before a sign or a space
+of its own, not after a space or an opening bracket, and not between two digits, where a number
+goes on.
 """
 
 import warnings
@@ -83,9 +84,8 @@ def questions(
     Raises PromptError as `encode` does, and for an item that is no token, a right token that is
     wrong too, a column that is filled in some rows only, and a counterfactual of another length.
 
-    >>> table = ioi_prompts(4, tokenizer=model.tokenizer)
-    >>> asked = questions(model, table.assign(answer=table["io"], wrong=table["s"]))
-    >>> asked.objective.what, [row[0] for row in asked.right] == asked.batch.io.tolist()
+    >>> asked = questions(model, batch.table)  # of IOI, with columns io and s
+    >>> asked.objective.what, [row[0] for row in asked.right] == batch.io.tolist()
     ('logit difference', True)
     """
     table = prompts if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"text": list(prompts)})
@@ -153,7 +153,7 @@ class _Tokens:
         return [self._row(n, text, cell) for n, (text, cell) in rows]
 
     def _row(self, n: int, text: str, cell: str) -> list[int]:
-        items = [item for item in cell.split("|") if item.strip()]
+        items = [item.rstrip() for item in cell.split("|") if item.strip()]
         try:
             return list(dict.fromkeys(self._token(item, text) for item in items))
         except PromptError as error:
@@ -226,7 +226,7 @@ def _counterfactual(
         ours, theirs = batch.labels[n], other.labels[n]
         same = [a == b for a, b in zip(ours, theirs, strict=False)]
         first = [*same, False].index(False)
-        seen = [" | ".join(x[first : first + SHOWN]) for x in (theirs, ours)]
+        seen = ["|".join(x[first : first + SHOWN]) for x in (theirs, ours)]
         raise PromptError(
             f"{place_of(table, n)}the counterfactual has {len(theirs)} tokens and the prompt "
             f"{len(ours)}, they must have the same number: {seen[0]!r} against {seen[1]!r}"

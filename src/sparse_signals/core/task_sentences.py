@@ -1,7 +1,7 @@
 """Words and sentences of the tasks beside IOI, written for this project.
 
-Sentences stop before the answer. Every slot but CENTURY is one token with the space before it, in
-the vocabularies of GPT-2 and SmolLM2.
+Sentences stop before the answer. Words are one token each, with the space before them, in the
+vocabularies of GPT-2 and SmolLM2; a year is a century and the rest, without a space between them.
 """
 
 from sparse_signals.core.sentences import NAMES, OBJECTS, PLACES, Template, word_list
@@ -23,7 +23,7 @@ WOMEN = word_list("""
 """)
 MEN = tuple(name for name in NAMES if name not in WOMEN)
 
-LISTED = tuple(dict.fromkeys((*PLACES, *OBJECTS)))  # each once
+PLACES_AND_OBJECTS = tuple(dict.fromkeys((*PLACES, *OBJECTS)))  # each once
 
 EVENTS = word_list("""
     war journey project strike reign siege voyage trial drought famine festival contest debate

@@ -30,9 +30,9 @@ from sparse_signals.core.task_sentences import (
     EVENTS,
     GREATER_THAN,
     INDUCTION,
-    LISTED,
     MEN,
     NOUNS,
+    PLACES_AND_OBJECTS,
     PRONOUNS,
     WOMEN,
     YEARS,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Words = dict[str, list[str]]
 NEEDED = 10  # words of a kind
-BLOCK = range(5, 10)  # words of which induction repeats some
+BLOCK_SIZES = range(5, 10)  # words of which induction repeats some
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def _draw_repeated(
     rng: random.Random, n: int, words: Words, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> Drawn:
     """A block of words, and its beginning again; the counterfactual has another block."""
-    size = rng.choice(BLOCK)
+    size = rng.choice(BLOCK_SIZES)
     again = rng.randrange(2, size - 1)  # words that come again
     drawn = rng.sample(words["words"], 2 * size)
     blocks = [
@@ -401,7 +401,7 @@ TASKS = {
             {
                 "unrepeated": Slots(
                     "induction",
-                    {"words": Pool(LISTED, needed=2 * max(BLOCK))},
+                    {"words": Pool(PLACES_AND_OBJECTS, needed=2 * max(BLOCK_SIZES))},
                     ("SEEN", "NEXT"),
                     _draw_repeated,
                 )
