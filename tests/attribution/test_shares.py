@@ -7,9 +7,10 @@ import torch
 
 from aligned import aligned
 from slow_shares import slow_shares
+from sparse_signals.attribution import aligned as runs_module
 from sparse_signals.attribution import shares as module
+from sparse_signals.attribution.aligned import ShareError
 from sparse_signals.attribution.shares import (
-    ShareError,
     edge_shares,
     integrated,
     largest_shares,
@@ -261,7 +262,7 @@ def test_the_largest_shares_have_names(model, pair):
 
 def test_chunks_change_nothing(model, pair, monkeypatch):
     expected = edge_shares(model, *pair)
-    monkeypatch.setattr(module, "SHARES_BYTES", 1)
+    monkeypatch.setattr(runs_module, "RUNS_BYTES", 1)
     found = edge_shares(model, *pair)
     for name in (*INPUTS, "nodes", "difference"):
         assert gap(getattr(found, name), getattr(expected, name)) < 1e-13
@@ -354,7 +355,7 @@ def test_an_answer_is_needed(tiny_gpt2, pair):
 
 
 def test_the_objective_is_of_these_prompts(tiny_gpt2, pair):
-    with pytest.raises(ShareError, match="of 7 prompts"):
+    with pytest.raises(ShareError, match="objective of 7 prompts"):
         edge_shares(tiny_gpt2, *pair, objective=Objective.log_probability([[1]] * 7))
 
 

@@ -32,6 +32,27 @@ from sparse_signals.core.rotary import unrotate
 
 
 @dataclass(frozen=True)
+class Node:
+    """Something in a model that F can be: what it writes, along a direction.
+
+    `part` of a layer: the number of a head, "mlp", or "stream", what all components in front of the
+    layer wrote together (of the layer after the last one: all there are). `place`: the token of
+    every prompt, from the start of the runs.
+    """
+
+    layer: int
+    part: int | str
+    place: Int[Tensor, "prompt"]
+    direction: Float[Tensor, "prompt d"]
+
+    def among(self, like: Float[Tensor, "prompt dest d"]) -> Float[Tensor, "prompt dest d"]:
+        """The direction at its place, and nothing elsewhere."""
+        found, place = torch.zeros_like(like), self.place if like.shape[1] > 1 else 0
+        found[torch.arange(len(like), device=like.device), place] = self.direction
+        return found
+
+
+@dataclass(frozen=True)
 class LayerReaders:
     """Cotangents of what a layer reads and writes; `dest` as in `LayerRecord`.
 
@@ -62,35 +83,50 @@ def readers(
     first: Record,
     second: Record,
     last: Int[Tensor, "prompt"],
-    vector: Float[Tensor, "prompt d"],
+    asked: Float[Tensor, "prompt d"] | Node,
 ) -> Readers:
     """One pass backward through the secants of two runs; of a run with itself, the gradient.
 
-    `vector` is what F is of the last normalisation. Costs about a forward pass.
+    `asked`: what F is of the last normalisation, or a node that F is. Costs about a forward pass.
     """
-    norm = _norm(model, model.bridge.ln_final, first.x, second.x, first.scale, second.scale)
-    out = ReadOut(norm, vector).transpose(torch.ones_like(first.scale))
+    node = asked if isinstance(asked, Node) else None
+    if isinstance(asked, Node):
+        out = asked.direction if asked.layer == model.n_layers else torch.zeros_like(first.x)
+    else:
+        norm = norm_secant(
+            model, model.bridge.ln_final, first.x, second.x, first.scale, second.scale
+        )
+        out = ReadOut(norm, asked).transpose(torch.ones_like(first.scale))
     written, layers = out.unsqueeze(1), []
     for layer in reversed(range(model.n_layers)):
         a, b = first.layers[layer], second.layers[layer]
+        here = node if node and node.layer == layer else None
+        if here and here.part == "mlp":
+            written = here.among(written)
         mlp = _through_mlp(model, layer, a, b, written)
-        middle = written + mlp
+        middle = mlp if here else written + mlp
         W_O = model.writers.W_O[layer].flatten(0, 1)
         z = (middle @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+        if here and isinstance(here.part, int):
+            z = torch.zeros_like(z)
+            z[:, here.part] = here.among(middle) @ model.writers.W_O[layer, here.part].T
         q, k, v = _through_attention(model, layer, a, b, z, last)
-        norm = _norm(model, model.bridge.blocks[layer].ln1, a.x, b.x, a.scale, b.scale)
+        norm = norm_secant(model, model.bridge.blocks[layer].ln1, a.x, b.x, a.scale, b.scale)
         layers.append(LayerReaders(norm, q, k, v, z, mlp, written))
         W_Q, W_K, W_V = reading_weights(model, layer)
         shared = (x.unflatten(1, (model.n_kv_heads, -1)).sum(2) for x in (k, v))
         of_k, of_v = (_into_stream(x, W) for x, W in zip(shared, (W_K, W_V), strict=True))
         written = norm.folded(_plus(of_k.add_(of_v), _into_stream(q, W_Q), last))
         written = _plus(written, middle, last)
+        if here and here.part == "stream":
+            written = here.among(written)
     return Readers(out, tuple(reversed(layers)), written)
 
 
-def _norm(
+def norm_secant(
     model: Model, part: Any, x: Tensor, other: Tensor, scale: Tensor, other_scale: Tensor
 ) -> Norm:
+    """The secant of a normalisation, a part of the bridge, from the streams of two runs."""
     return Norm.between(x, other, scale, other_scale, part.w, centred=not model.rms)
 
 
@@ -102,15 +138,39 @@ def _through_mlp(
     cotangent: Float[Tensor, "prompt dest d"],
 ) -> Float[Tensor, "prompt dest d"]:
     """The reader of an MLP, of what F hears of its output."""
-    block = model.bridge.blocks[layer]
-    secant = Pointwise.between(nonlinearity(block), a.pre, b.pre, a.post, b.post)
-    y = cotangent @ block.mlp.W_out.T
-    if a.up is None or b.up is None:
-        y = secant.transpose(y) @ block.mlp.W_in.T
+    block, (norm, secant) = model.bridge.blocks[layer], mlp_secants(model, layer, a, b)
+    y = secant.transpose(cotangent @ block.mlp.W_out.T)
+    if isinstance(y, tuple):
+        y = y[0] @ block.mlp.W_gate.T + y[1] @ block.mlp.W_in.T
     else:
-        gate, up = Gated.between(secant, a.post, b.post, a.up, b.up).transpose(y)
-        y = gate @ block.mlp.W_gate.T + up @ block.mlp.W_in.T
-    return _norm(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale).transpose(y)
+        y = y @ block.mlp.W_in.T
+    return norm.transpose(y)
+
+
+def mlp_secants(
+    model: Model, layer: int, a: LayerRecord, b: LayerRecord
+) -> tuple[Norm, Pointwise | Gated]:
+    """The secants of the normalisation in front of an MLP, and of what it does between weights."""
+    block = model.bridge.blocks[layer]
+    norm = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale)
+    secant = Pointwise.between(nonlinearity(block), a.pre, b.pre, a.post, b.post)
+    if a.up is None or b.up is None:
+        return norm, secant
+    return norm, Gated.between(secant, a.post, b.post, a.up, b.up)
+
+
+def attention_secants(
+    model: Model, layer: int, a: LayerRecord, b: LayerRecord
+) -> tuple[Mixing, Softmax, Score]:
+    """The secants of what the heads of a layer do, keys and values repeated per query head."""
+    groups = model.n_heads // model.n_kv_heads
+    k, other_k, v, other_v = (
+        x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (a.k, b.k, a.v, b.v)
+    )
+    weights, other_weights = a.log_weights.exp(), b.log_weights.exp()
+    mixing = Mixing.between(weights, other_weights, v, other_v)
+    score = Score.between(a.q, b.q, k, other_k, float(model.divisor[layer]))
+    return mixing, Softmax.between(a.log_weights, b.log_weights), score
 
 
 def _through_attention(
@@ -122,15 +182,8 @@ def _through_attention(
     last: Int[Tensor, "prompt"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of queries, keys and values of every query head, of those of what heads moved."""
-    groups = model.n_heads // model.n_kv_heads
-    k, other_k, v, other_v = (
-        x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (a.k, b.k, a.v, b.v)
-    )
-    weights, other_weights = a.log_weights.exp(), b.log_weights.exp()
-    mixing = Mixing.between(weights, other_weights, v, other_v)
-    score = Score.between(a.q, b.q, k, other_k, float(model.divisor[layer]))
+    mixing, softmax, score = attention_secants(model, layer, a, b)
     of_weights, of_v = mixing.transpose(cotangent)
-    softmax = Softmax.between(a.log_weights, b.log_weights)
     of_q, of_k = score.transpose(softmax.transpose(of_weights))
     of_k, of_v = (y[:, :, a.start :] for y in (of_k, of_v))  # what is in front never changes
     if model.rotary:

@@ -8,31 +8,27 @@ into the read-out to F(x) − F(x′), and so do the shares of the embeddings of
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.attribution.readers import Readers, readers
-from sparse_signals.attribution.record import Record, reading_weights, record
-from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
-from sparse_signals.core.forward import normalise
-from sparse_signals.core.model import Model, head_name, once_per_model
+from sparse_signals.attribution.aligned import (
+    COMPLETE,
+    AlignedRuns,
+    Counterfactual,
+    ShareError,
+    changing,
+)
+from sparse_signals.attribution.readers import Readers
+from sparse_signals.attribution.record import reading_weights
+from sparse_signals.attribution.secants import Norm
+from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch
-from sparse_signals.core.run import fitting_rows
 
-SHARES_BYTES = 2**27  # what all components of a chunk of prompts wrote, in one of the runs
 SMALLEST = 1e-30  # so that nothing divided by nothing is nothing
-COMPLETE = {torch.float32: 1e-4, torch.float64: 1e-9}
-# Parts of the logits of F: where shares sum to less, that much rounding is more than the limit.
-LEAST = {kind: LAST_PLACES * torch.finfo(kind).eps / limit for kind, limit in COMPLETE.items()}
-
-
-class ShareError(ValueError):
-    """Shares that cannot be had, or that do not add up; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def integrated(steps: int) -> tuple[float, ...]:
 def edge_shares(
     model: Model,
     batch: Batch,
-    counterfactual: Batch,
+    counterfactual: Counterfactual,
     *,
     objective: Objective | None = None,
     row: Int[Tensor, "prompt pos"] | None = None,
@@ -115,21 +111,24 @@ def edge_shares(
     """
     if row is None:
         row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
-    objective = _checked(model, batch, counterfactual, objective)
+    whole = AlignedRuns.of(model, batch, counterfactual, objective)
     if row.shape != batch.tokens.shape or int(row.min()) < 0:
         raise ShareError("every token of the prompts belongs to a row, numbered from 0")
     if points is not None and not len(points):
         raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
-    for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
+    for rows, chunk in whole.chunks():
         total.add_chunk(chunk, row[rows].to(model.device), points)
     return total.finished(exact=points is None)
 
 
 @torch.no_grad()
 def node_shares(
-    model: Model, batch: Batch, counterfactual: Batch, *, objective: Objective | None = None
+    model: Model,
+    batch: Batch,
+    counterfactual: Counterfactual,
+    *,
+    objective: Objective | None = None,
 ) -> Float[Tensor, "prompt pos component"]:
     """What every component has of F(x) − F(x′) at every token: Δx_c(t) · reader(t).
 
@@ -137,9 +136,8 @@ def node_shares(
     F(x) − F(x′). A head's share is what it hears through query, key and value, passed on.
     Raises ShareError and PromptError as `edge_shares` does.
     """
-    objective, pieces, gaps = _checked(model, batch, counterfactual, objective), [], []
-    for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
+    pieces, gaps = [], []
+    for _, chunk in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
         pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
         embedding = pieces[-1][:, :, 0]
@@ -175,159 +173,6 @@ def largest_shares(model: Model, found: Shares, n: int = 20) -> pd.DataFrame:
     return ranked[["row", "upstream", "downstream", "input", "layer", "head", "share"]]
 
 
-def _checked(
-    model: Model, batch: Batch, counterfactual: Batch, objective: Objective | None
-) -> Objective:
-    """The objective. Raises ShareError for that of other prompts, and batches not aligned."""
-    ours, theirs = batch.mask, counterfactual.mask
-    if ours.shape != theirs.shape:
-        raise ShareError(
-            f"the counterfactuals are {theirs.shape[0]} prompts of up to {theirs.shape[1]} tokens, "
-            f"the prompts {ours.shape[0]} of up to {ours.shape[1]}: both must be alike"
-        )
-    if uneven := (ours != theirs).any(1).nonzero().flatten().tolist():
-        n = uneven[0]
-        raise ShareError(
-            f"prompt {n} has {int(ours[n].sum())} tokens and its counterfactual "
-            f"{int(theirs[n].sum())}: they must have the same number"
-        )
-    if ours.shape[1] > model.n_ctx:
-        raise ShareError(f"prompts have {ours.shape[1]} tokens; {model.name} takes {model.n_ctx}")
-    if objective is None:
-        io, wrong = batch.answers("the answer that is split")[:, :, None].unbind(1)
-        objective = Objective.difference(io.tolist(), wrong.tolist())
-    if len(objective) != len(ours):
-        raise ShareError(f"the objective is of {len(objective)} prompts, not of these {len(ours)}")
-    return objective
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some prompts and their counterfactuals, and both their runs."""
-
-    model: Model
-    batch: Batch
-    counterfactual: Batch
-    objective: Objective
-
-    @cached_property
-    def start(self) -> int:
-        """The first token that differs in any of the prompts: nothing in front of it changes."""
-        differ = (self.batch.tokens != self.counterfactual.tokens) & self.batch.mask
-        first = differ.any(0).nonzero().flatten().tolist()
-        return min([*first[:1], int(self.batch.last.min())])
-
-    @cached_property
-    def last(self) -> Int[Tensor, "prompt"]:
-        """The place of the last token, from the start."""
-        return self.batch.last.to(self.model.device) - self.start
-
-    @cached_property
-    def front(self) -> Record | None:
-        """The run of all that is in front of the start."""
-        if not self.start:
-            return None
-        tokens = self.batch.tokens[:, : self.start].to(self.model.device)
-        last = torch.full_like(self.last, self.start - 1)
-        return record(self.model, self.model.bridge.embed.W_E[tokens], last)
-
-    @cached_property
-    def ends(self) -> tuple[Record, Record]:
-        """The runs of x and x′ from the start, made together: what is the same is so to the bit."""
-        tokens = torch.cat([self.batch.tokens, self.counterfactual.tokens])[:, self.start :]
-        embedding = self.model.bridge.embed.W_E[tokens.to(self.model.device)]
-        both = record(self.model, embedding, self.last.repeat(2), self.front)
-        prompts = len(self.last)
-        return both.rows(slice(prompts)), both.rows(slice(prompts, None))
-
-    @cached_property
-    def difference(self) -> Float[Tensor, "prompt"]:
-        """F(x) − F(x′)."""
-        first, second = (self.objective.value(self._logits(end)) for end in self.ends)
-        return first - second
-
-    @cached_property
-    def rounding(self) -> Float[Tensor, "prompt"]:
-        """The sum of sizes at which rounding the logits of F is a gap at the limit."""
-        asked, extent = self.objective.to(self.difference), torch.zeros_like(self.difference)
-        for end in self.ends:
-            logits = self._logits(end).abs().gather(1, asked.tokens)
-            extent += torch.linalg.vecdot(logits, asked.weights.abs())
-        return extent * LEAST[self.model.dtype]
-
-    @cached_property
-    def changes(
-        self,
-    ) -> tuple[Float[Tensor, "upstream prompt pos d"], Float[Tensor, "component prompt 1 d"]]:
-        """Δ of what components wrote before the last layer, at all tokens; of all at the last.
-
-        Without positions and output biases, which do not change.
-        """
-        model, (x, other) = self.model, self.ends
-        after, number = model.n_heads + 1, torch.arange(len(self.last), device=self.last.device)
-        size = 1 + (model.n_layers - 1) * after
-        tokens = x.embedding.new_empty(size, *x.embedding.shape)
-        ends = x.embedding.new_empty(size + after, len(number), 1, model.d_model)
-        torch.sub(x.embedding, other.embedding, out=tokens[0])
-        for layer, (a, b) in enumerate(zip(x.layers, other.layers, strict=True)):
-            start = 1 + layer * after
-            if layer == model.n_layers - 1:
-                ends[:size] = tokens[:, number, self.last].unsqueeze(2)
-            into = ends if layer == model.n_layers - 1 else tokens
-            moved = (a.z - b.z).transpose(0, 1).flatten(1, 2)
-            heads = into[start : start + model.n_heads].flatten(1, 2)
-            torch.bmm(moved, model.writers.W_O[layer], out=heads)
-            torch.sub(a.mlp, b.mlp, out=into[start + model.n_heads])
-        return tokens, ends
-
-    def at_last(self, norm: Norm) -> Norm:
-        """The secant of a normalisation at the last token alone."""
-        place = torch.arange(len(self.last), device=self.last.device), self.last
-        parts = (norm.inverse, norm.pull, norm.middle)
-        inverse, pull, middle = (x[place].unsqueeze(1) for x in parts)
-        return Norm(inverse, pull, middle, norm.gain, norm.centred)
-
-    def rows_of(self, row: Int[Tensor, "prompt pos"], tokens: int) -> Int[Tensor, "token"]:
-        """The rows of all tokens, or of one in each prompt, the last."""
-        return (row if tokens > 1 else row.gather(1, self.last[:, None])).flatten()
-
-    def readers(self, points: Sequence[float] | None) -> Iterator[Readers]:
-        """Through the secants of both runs, or the gradients at points in between."""
-        if points is None:
-            yield self._readers(*self.ends)
-            return
-        x, other = self.ends
-        known = {0.0: other, 1.0: x}
-        for point in points:
-            between = torch.lerp(other.embedding, x.embedding, point)
-            here = known.get(point) or record(self.model, between, self.last, self.front)
-            yield self._readers(here, here)
-
-    def _readers(self, first: Record, second: Record) -> Readers:
-        W_U, asked = self.model.bridge.unembed.W_U, self.objective.to(first.x)
-        if asked.logarithm:
-            log, other_log = (self._logits(end).log_softmax(-1) for end in (first, second))
-            right = torch.zeros_like(log, dtype=torch.bool)
-            right.scatter_(1, asked.tokens, asked.weights != 0)
-            vector = LogProbability.between(log, other_log, right).vector @ W_U.T
-        else:
-            vector = torch.einsum("pk,pkd->pd", asked.weights, W_U.T[asked.tokens])
-        return readers(self.model, first, second, self.last, vector)
-
-    def _logits(self, end: Record) -> Float[Tensor, "prompt vocab"]:
-        unembed = self.model.bridge.unembed
-        final = normalise(self.model, self.model.bridge.ln_final, end.x, end.scale)
-        return final @ unembed.W_U + unembed.b_U
-
-
-@once_per_model
-def _changing(model: Model) -> Int[Tensor, "changing"]:
-    """The components that may differ in aligned runs: all but positions and output biases."""
-    table = model.components[:-1]
-    same = table["kind"].isin(["position", "bias"])
-    return torch.tensor(table.index[~same].tolist(), device=model.device)
-
-
 def _gap(
     found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"], size: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
@@ -356,10 +201,10 @@ class _Total:
         self.edges["mlp"] = torch.zeros(rows, model.n_layers, 1, size, **kind)
         self.edges["out"] = torch.zeros(rows, 1, 1, size, **kind)
         self.nodes = torch.zeros(rows, size, **kind)
-        self.places = _changing(model)
+        self.places = changing(model)
 
     def add_chunk(
-        self, chunk: _Chunk, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
+        self, chunk: AlignedRuns, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
     ) -> None:
         """Add the mean over all passes backward, and note by how much it misses."""
         row = row[:, chunk.start :]
@@ -412,7 +257,7 @@ class _Total:
 
 
 def _edge_values(
-    chunk: _Chunk, found: Readers, whole: bool
+    chunk: AlignedRuns, found: Readers, whole: bool
 ) -> Iterator[tuple[str, int, Float[Tensor, "token reader upstream"]]]:
     """The shares of all edges: input, layer, values at every token (or `whole`: every prompt)."""
     model, (tokens, ends) = chunk.model, chunk.changes
@@ -468,7 +313,7 @@ def _products(
     return torch.bmm(left, right.mT)
 
 
-def _node_values(chunk: _Chunk, found: Readers) -> Float[Tensor, "prompt pos component"]:
+def _node_values(chunk: AlignedRuns, found: Readers) -> Float[Tensor, "prompt pos component"]:
     """What components have themselves, where they write: Δx_c · (what F hears of the stream)."""
     x, other = chunk.ends
     tokens, ends = [], []
@@ -477,7 +322,7 @@ def _node_values(chunk: _Chunk, found: Readers) -> Float[Tensor, "prompt pos com
         into = ends if part is found.layers[-1] else tokens
         into += torch.linalg.vecdot(a.z - b.z, part.z).unbind(1)
         into.append(torch.linalg.vecdot(a.mlp - b.mlp, part.written))
-    places = _changing(chunk.model)
+    places = changing(chunk.model)
     size = len(chunk.model.components) - 1
     values = tokens[0].new_zeros(*tokens[0].shape, size)
     values[:, :, places[: len(tokens)]] = torch.stack(tokens, dim=-1)
