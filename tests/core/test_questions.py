@@ -1,7 +1,5 @@
 """What is asked of prompts: tokens of answers, counterfactuals beside them, and roles."""
 
-import warnings
-
 import pandas as pd
 import pytest
 import torch
@@ -196,10 +194,12 @@ def test_roles_are_at_characters(model, bos):
     assert sorted(named["role"]) == ["end", "end", "land", "land"]
 
 
+def test_a_role_is_not_called_as_tokens_without_one(model):
+    with pytest.raises(PromptError, match="'at other' is no role"):
+        encode(model, pd.DataFrame({"text": [TEXT], "at other": [4]}))
+
+
 @pytest.mark.parametrize("place", [99, -1, "here", None])
 def test_a_role_outside_of_the_text_is_refused(model, place):
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(PromptError, match="prompt 1: at land: no token at"),
-    ):
+    with pytest.raises(PromptError, match="prompt 1: at land: no token at"):
         encode(model, pd.DataFrame({"text": [TEXT] * 2, "at land": [4, place]}))

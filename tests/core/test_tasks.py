@@ -81,7 +81,7 @@ def test_flipping_swaps_the_answers_of_pronouns_and_agreement(model):
         assert row.answer == ("is" if row.noun in NOUNS else "are")
         several = NOUNS.get(row.noun) or next(x for x in NOUNS if NOUNS[x] == row.noun)
         assert row.text.replace(f" {row.noun} ", f" {several} ", 1) == row.counterfactual
-    assert set(table["other"]) & set(NOUNS) and set(table["other"]) - set(NOUNS)
+    assert set(table["attractor"]) & set(NOUNS) and set(table["attractor"]) - set(NOUNS)
     assert (WOMEN[0], len(set(WOMEN) | set(MEN))) == ("Mary", len(NAMES)) and set(WOMEN) < set(
         NAMES
     )

@@ -337,6 +337,8 @@ def _marked(
     columns = [column for column in table.columns if column.startswith(ROLE_MARK)]
     if not columns:
         return {}
+    if taken := {f"{ROLE_MARK}{name}" for name in (OTHER, INTACT)} & {*columns}:
+        raise PromptError(f"{taken.pop()!r} is no role: it is what tokens without one are called")
     encoded = tokenizer(table["text"].tolist(), add_special_tokens=False)
     roles = {}
     for column in columns:

@@ -79,18 +79,18 @@ Whenever [NAME] walks by the [PLACE],
 
 AGREEMENT = _sentences(
     """
-The [NOUN] near the [OTHER]
-Everyone says that the [NOUN] beside the [OTHER]
-In this picture the [NOUN] in front of the [OTHER]
-I think that the [NOUN] behind the [OTHER]
-As you can see, the [NOUN] from the story about the [OTHER]
-The [NOUN] on the left of the [OTHER]
+The [NOUN] near the [ATTRACTOR]
+Everyone says that the [NOUN] beside the [ATTRACTOR]
+In this picture the [NOUN] in front of the [ATTRACTOR]
+I think that the [NOUN] behind the [ATTRACTOR]
+As you can see, the [NOUN] from the story about the [ATTRACTOR]
+The [NOUN] on the left of the [ATTRACTOR]
 """,
     """
-The [NOUN] next to the [OTHER]
-Today the [NOUN] across from the [OTHER]
-We heard that the [NOUN] with the [OTHER]
-On this page the [NOUN] above the [OTHER]
+The [NOUN] next to the [ATTRACTOR]
+Today the [NOUN] across from the [ATTRACTOR]
+We heard that the [NOUN] with the [ATTRACTOR]
+On this page the [NOUN] above the [ATTRACTOR]
 """,
 )
 

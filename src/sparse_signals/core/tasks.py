@@ -323,7 +323,7 @@ def _draw_nouns(
 ) -> Drawn:
     """One and several in turn; the noun between them and the verb is one or several by chance."""
     noun, other = rng.sample(words["nouns"], 2)
-    slots = {"OTHER": rng.choice([other, NOUNS[other]])}
+    slots = {"ATTRACTOR": rng.choice([other, NOUNS[other]])}
     if n % 2:
         return Drawn(slots | {"NOUN": NOUNS[noun]}, {"NOUN": noun}, "are", "is")
     return Drawn(slots | {"NOUN": noun}, {"NOUN": NOUNS[noun]}, "is", "are")
@@ -417,7 +417,7 @@ TASKS = {
                 "flip": Slots(
                     "agreement",
                     {"nouns": Pool(tuple(NOUNS), keep=_noun_pairs)},
-                    ("NOUN", "OTHER"),
+                    ("NOUN", "ATTRACTOR"),
                     _draw_nouns,
                 )
             },
