@@ -9,6 +9,7 @@ the bridge has to be switched over and everything that components write collecte
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,11 +114,12 @@ def project(
 ) -> Float[Tensor, "prompt head pos r"]:
     """Queries or keys as they enter the score, or values ("q", "k", "v"), of every query head.
 
-    From a stream and what its normalisation divides by: one for all heads, or one for each. Values
-    are without their bias, which is part of the output bias.
+    From a stream and what its normalisation divides by: one for all heads, one for each, or one for
+    each group that shares keys and values. Values are without their bias, which is part of the
+    output bias.
     """
     W = projections(model)[name][layer]
-    if x.shape[2] > 1:
+    if x.shape[2] > len(W):
         W = W.repeat_interleave(model.n_heads // len(W), dim=0)
     y = torch.einsum("pthd,hdr->phtr", x, W[:, :-1])
     y = y / scale.transpose(1, 2).unsqueeze(-1) + W[:, None, -1]
@@ -185,31 +187,40 @@ class Gates:
     pass, old_c is `reference[place]` of the token, g is the gate in its `row`. There are gates of
     the query, key and value of every query head, of every MLP and of the read-out; None: all 1,
     which costs nothing. One row gates pairs of components; one for every role or token, each there.
-    Gates of components that do not come before an input are ignored.
+    Instead of one input for each head there may be one for each group that shares keys and values,
+    or one for all. Gates of components that do not come before an input are ignored.
     """
 
     row: Int[Tensor, "prompt pos"]
     reference: Float[Tensor, "place component d"]
     place: Int[Tensor, "prompt pos"]
-    q: Float[Tensor, "row layer head component"] | None = None
-    k: Float[Tensor, "row layer head component"] | None = None
-    v: Float[Tensor, "row layer head component"] | None = None
+    q: Float[Tensor, "row layer queries component"] | None = None
+    k: Float[Tensor, "row layer keys component"] | None = None
+    v: Float[Tensor, "row layer values component"] | None = None
     mlp: Float[Tensor, "row layer component"] | None = None
     out: Float[Tensor, "row component"] | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A run that was changed, what its streams were divided by, and the logits of IO and S."""
+    """A run that was changed, what its streams were divided by, and the last normalised stream."""
 
     run: Run
     scales: Scales
-    logits: Float[Tensor, "prompt 2"]
+    final: Float[Tensor, "prompt d"]
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "prompt vocab"]:
+        """The logits of all tokens after the last one."""
+        unembed = self.run.model.bridge.unembed
+        return self.final @ unembed.W_U + unembed.b_U
 
     @property
     def difference(self) -> Float[Tensor, "prompt"]:
-        """logit(IO) − logit(S) at the last token."""
-        return self.logits[:, 0] - self.logits[:, 1]
+        """logit(IO) − logit(S). Raises PromptError where the prompts have no names."""
+        answers = self.run.batch.answers("the logit difference").to(self.final.device)
+        io, s = self.logits.gather(1, answers).unbind(1)
+        return io - s
 
 
 class _Stream:
@@ -265,10 +276,8 @@ def forward(
 
     Normalisations divide by the scales `like`, if given, instead of their own. What an input reads
     through gates, it alone reads: the stream goes on as the sum of what is written. The run has
-    the scales of that stream. Differentiable with respect to gates. Raises PromptError where the
-    prompts have no names.
+    the scales of that stream. Differentiable with respect to gates.
     """
-    answers = batch.answers("a forward pass").to(model.device)
     first = embedded(model, batch.tokens.to(model.device))
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
@@ -297,7 +306,8 @@ def forward(
     each = [torch.stack(values) for values in zip(*kept, strict=True)]
     q, k, v, z, pattern, mlp, scale, mlp_scale = each
     run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed)
-    return Pass(run, Scales(scale, mlp_scale, out_scale), read_out(model, x, answers, out_scale))
+    final = normalise(model, model.bridge.ln_final, x, out_scale)
+    return Pass(run, Scales(scale, mlp_scale, out_scale), final)
 
 
 def _inputs(
@@ -310,6 +320,7 @@ def _inputs(
     if given:
         mixed = stream.mixed(*given.values())
         scales = norm_scale(model, mixed) if own else scale.unsqueeze(2).expand(mixed.shape[:3])
-        parts = zip(*(x.split(model.n_heads, dim=2) for x in (mixed, scales)), strict=True)
+        sizes = [gate.shape[1] for gate in given.values()]
+        parts = zip(*(x.split(sizes, dim=2) for x in (mixed, scales)), strict=True)
         inputs |= dict(zip(given, parts, strict=True))
     return inputs
