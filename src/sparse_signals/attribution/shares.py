@@ -20,7 +20,7 @@ from sparse_signals.attribution.record import Record, reading_weights, record
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, head_name, once_per_model
-from sparse_signals.core.objective import Objective
+from sparse_signals.core.objective import Objective, aligned_objective
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import fitting_rows
 
@@ -102,8 +102,8 @@ def edge_shares(
     Costs about four forward passes of each prompt, in chunks that fit into memory; what
     prompts have in front of the first token that differs is run once.
     Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
-    Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
-    PromptError where no answer is given and prompts have no names.
+    Raises ShareError for exact shares that do not add up; PromptError for batches that are not
+    aligned, and where no answer is given and prompts have no names.
 
     >>> from dataclasses import replace
     >>> io_twice = batch.tokens.scatter(1, batch.roles["S2"][:, None], batch.io[:, None])
@@ -115,7 +115,7 @@ def edge_shares(
     """
     if row is None:
         row = torch.arange(len(batch.tokens))[:, None].expand(batch.tokens.shape)
-    objective = _checked(model, batch, counterfactual, objective)
+    objective = aligned_objective(model, batch, counterfactual, objective)
     if row.shape != batch.tokens.shape or int(row.min()) < 0:
         raise ShareError("every token of the prompts belongs to a row, numbered from 0")
     if points is not None and not len(points):
@@ -137,7 +137,7 @@ def node_shares(
     F(x) − F(x′). A head's share is what it hears through query, key and value, passed on.
     Raises ShareError and PromptError as `edge_shares` does.
     """
-    objective, pieces, gaps = _checked(model, batch, counterfactual, objective), [], []
+    objective, pieces, gaps = aligned_objective(model, batch, counterfactual, objective), [], []
     for rows in fitting_rows(model, batch, SHARES_BYTES):
         chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
@@ -173,32 +173,6 @@ def largest_shares(model: Model, found: Shares, n: int = 20) -> pd.DataFrame:
         start += value.numel()
     ranked = pd.concat(pieces).sort_values("rank").reset_index(drop=True)
     return ranked[["row", "upstream", "downstream", "input", "layer", "head", "share"]]
-
-
-def _checked(
-    model: Model, batch: Batch, counterfactual: Batch, objective: Objective | None
-) -> Objective:
-    """The objective. Raises ShareError for that of other prompts, and batches not aligned."""
-    ours, theirs = batch.mask, counterfactual.mask
-    if ours.shape != theirs.shape:
-        raise ShareError(
-            f"the counterfactuals are {theirs.shape[0]} prompts of up to {theirs.shape[1]} tokens, "
-            f"the prompts {ours.shape[0]} of up to {ours.shape[1]}: both must be alike"
-        )
-    if uneven := (ours != theirs).any(1).nonzero().flatten().tolist():
-        n = uneven[0]
-        raise ShareError(
-            f"prompt {n} has {int(ours[n].sum())} tokens and its counterfactual "
-            f"{int(theirs[n].sum())}: they must have the same number"
-        )
-    if ours.shape[1] > model.n_ctx:
-        raise ShareError(f"prompts have {ours.shape[1]} tokens; {model.name} takes {model.n_ctx}")
-    if objective is None:
-        io, wrong = batch.answers("the answer that is split")[:, :, None].unbind(1)
-        objective = Objective.difference(io.tolist(), wrong.tolist())
-    if len(objective) != len(ours):
-        raise ShareError(f"the objective is of {len(objective)} prompts, not of these {len(ours)}")
-    return objective
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ class _Stream:
             self.old = self.old + old.sum(2)
             self.new.append(parts - old)
 
-    def mixed(self, *gates: Float[Tensor, "row input component"]) -> Tensor:
+    def mixed(self, *gates: Float[Tensor, "row _ component"]) -> Tensor:
         """What inputs read: the old stream, and as much of every gap as the gates let through."""
         assert self.gates is not None
         self.gaps.append(torch.cat(self.new, dim=2))
