@@ -20,7 +20,7 @@ from sparse_signals.attribution.record import Record, reading_weights, record
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, head_name, once_per_model
-from sparse_signals.core.objective import Objective, aligned_objective
+from sparse_signals.core.objective import Objective, aligned_objective, first_change
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import fitting_rows
 
@@ -187,9 +187,7 @@ class _Chunk:
     @cached_property
     def start(self) -> int:
         """The first token that differs in any of the prompts: nothing in front of it changes."""
-        differ = (self.batch.tokens != self.counterfactual.tokens) & self.batch.mask
-        first = differ.any(0).nonzero().flatten().tolist()
-        return min([*first[:1], int(self.batch.last.min())])
+        return first_change(self.batch, self.counterfactual)
 
     @cached_property
     def last(self) -> Int[Tensor, "prompt"]:

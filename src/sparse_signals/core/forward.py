@@ -37,13 +37,16 @@ def logit_difference(
 
 
 def embedded(
-    model: Model, tokens: Int[Tensor, "prompt pos"]
+    model: Model, tokens: Int[Tensor, "prompt pos"], start: int = 0
 ) -> Float[Tensor, "prompt pos component d"]:
-    """What the components before the first layer write: embedding and, if learned, position."""
+    """What the components before the first layer write: embedding and, if learned, position.
+
+    `start` is the position of the first of the tokens.
+    """
     words = model.bridge.embed.W_E[tokens]
     if model.rotary:
         return words.unsqueeze(2)
-    places = model.bridge.pos_embed.W_pos[: tokens.shape[1]]
+    places = model.bridge.pos_embed.W_pos[start : start + tokens.shape[1]]
     return torch.stack([words, places.expand_as(words)], dim=2)
 
 
@@ -111,12 +114,13 @@ def project(
     name: str,
     x: Float[Tensor, "prompt pos input d"],
     scale: Float[Tensor, "prompt pos input"],
+    start: int = 0,
 ) -> Float[Tensor, "prompt head pos r"]:
     """Queries or keys as they enter the score, or values ("q", "k", "v"), of every query head.
 
     From a stream and what its normalisation divides by: one for all heads, one for each, or one for
     each group that shares keys and values. Values are without their bias, which is part of the
-    output bias.
+    output bias. `start` is the position of the first of the tokens.
     """
     W = projections(model)[name][layer]
     if x.shape[2] > len(W):
@@ -124,7 +128,7 @@ def project(
     y = torch.einsum("pthd,hdr->phtr", x, W[:, :-1])
     y = y / scale.transpose(1, 2).unsqueeze(-1) + W[:, None, -1]
     if model.rotary and name != "v":
-        y = rotate(y, *(table[: y.shape[2]] for table in angles(model)))
+        y = rotate(y, *(table[start : start + y.shape[2]] for table in angles(model)))
     return y.repeat_interleave(model.n_heads // len(W), dim=1)
 
 
@@ -146,12 +150,13 @@ def attention_weights(
 def attend(
     model: Model,
     layer: int,
-    q: Float[Tensor, "prompt head pos r"],
-    k: Float[Tensor, "prompt head pos r"],
+    q: Float[Tensor, "prompt head dest r"],
+    k: Float[Tensor, "prompt head src r"],
 ) -> Float[Tensor, "prompt head dest src"]:
-    """softmax_j q_i·k_j / divisor over j ≤ i."""
+    """softmax_j q_i·k_j / divisor over j ≤ i; destinations are the last of the sources."""
     scores = q @ k.mT / model.divisor[layer].to(q)
-    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    past = past.tril(k.shape[2] - q.shape[2])
     return attention_weights(model, scores, past)
 
 
@@ -271,23 +276,31 @@ def forward(
     removed: Float[Tensor, "prompt pos component d"] | None = None,
     like: Scales | None = None,
     gates: Gates | None = None,
+    front: Run | None = None,
 ) -> Pass:
     """Run the model while something is taken from what components write, or inputs are gated.
 
     Normalisations divide by the scales `like`, if given, instead of their own. What an input reads
     through gates, it alone reads: the stream goes on as the sum of what is written. The run has
     the scales of that stream. Differentiable with respect to gates.
+    `front`: a run of the tokens in front of those of the batch, from the first one on; heads look
+    at them too.
     """
-    first = embedded(model, batch.tokens.to(model.device))
+    start = 0 if front is None else front.tokens.shape[1]
+    first = embedded(model, batch.tokens.to(model.device), start)
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
     heads, out, kept = "pthd" if gates else "ptd", model.writers, []
     for layer, block in enumerate(model.bridge.blocks):
         scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
         inputs = _inputs(model, stream, layer, scale, like is None)
-        q, k, v = (project(model, layer, name, *inputs[name]) for name in "qkv")
-        pattern = attend(model, layer, q, k)
-        z = pattern @ v
+        q, k, v = (project(model, layer, name, *inputs[name], start) for name in "qkv")
+        keys, values = k, v
+        if front is not None:
+            keys = torch.cat([front.k[layer], k], dim=2)
+            values = torch.cat([front.v[layer], v], dim=2)
+        pattern = attend(model, layer, q, keys)
+        z = pattern @ values
         moved = torch.einsum(f"phtr,hrd->{heads}", z, out.W_O[layer])
         stream.write(moved if gates else moved.unsqueeze(2), model.n_heads)
         stream.write(out.bias[layer].expand_as(stream.x).unsqueeze(2), 1)
@@ -305,7 +318,7 @@ def forward(
     out_scale = norm_scale(model, x) if like is None else like.out
     each = [torch.stack(values) for values in zip(*kept, strict=True)]
     q, k, v, z, pattern, mlp, scale, mlp_scale = each
-    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed)
+    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed, start=start)
     final = normalise(model, model.bridge.ln_final, x, out_scale)
     return Pass(run, Scales(scale, mlp_scale, out_scale), final)
 

@@ -131,6 +131,16 @@ def aligned_objective(
     return objective
 
 
+def first_change(batch: Batch, counterfactual: Batch) -> int:
+    """The first position at which any of the prompts differs from its counterfactual.
+
+    At most that of a last token: where nothing differs, the answer is still to be computed.
+    """
+    differ = (batch.tokens != counterfactual.tokens) & batch.mask
+    first = differ.any(0).nonzero().flatten().tolist()
+    return min([*first[:1], int(batch.last.min())])
+
+
 def _filled(rows: Sequence[Sequence[int | float]], filler: int | float) -> Tensor:
     """Rows of different lengths as one tensor."""
     length = max(map(len, rows), default=0)
