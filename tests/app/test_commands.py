@@ -37,7 +37,8 @@ from sparse_signals.app.commands import firing_table, trace_table
 from sparse_signals.core import run as core_run
 from sparse_signals.core.model import load_model
 from sparse_signals.core.names import MODEL_NAMES
-from sparse_signals.core.prompts import encode, ioi_prompts, with_names
+from sparse_signals.core.prompts import encode, ioi_prompts
+from sparse_signals.core.reading import with_names
 from sparse_signals.core.resume import alone_in
 from sparse_signals.core.rotary import rotation
 from sparse_signals.core.run import run

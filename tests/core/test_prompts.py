@@ -15,10 +15,9 @@ from sparse_signals.core.prompts import (
     PromptError,
     encode,
     ioi_prompts,
-    read_texts,
     role_table,
-    with_names,
 )
+from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.sentences import NAMES, OBJECTS, PLACES, TEMPLATES
 
 NAMED = "Then, Tom and Kate left the park and Tom gave a ring to"

@@ -28,10 +28,9 @@ from sparse_signals.core.prompts import (
     PromptError,
     encode,
     ioi_prompts,
-    read_texts,
     roles_of,
-    with_names,
 )
+from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.resume import (
     alone_in,
     chunked,

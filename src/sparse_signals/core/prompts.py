@@ -6,13 +6,11 @@ ABBA prompt the IO is named first, in a BABA prompt the subject is. The task is 
 2023, "Interpretability in the Wild"; names, places, objects and sentences are this project's own.
 """
 
-import csv
 import random
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NEIGHBOURS = ("IO", "S1", "S2", "third")
+ROLE_MARK = "at "  # columns that say at which character of the text a role begins
 OTHER = "other"
 INTACT = "intact"
 
@@ -40,7 +39,8 @@ class PromptError(ValueError):
 class Batch:
     """Prompts as tokens, padded on the right; `roles` maps a role to its position in each prompt.
 
-    `roles`, `io` and `s` (token ids of the names) are empty or None where names are not known.
+    `io` and `s` (token ids of the names) are None where names are not known, `roles` is empty
+    where neither names are nor where else a role is.
     """
 
     table: pd.DataFrame
@@ -128,7 +128,7 @@ def _check_choices(n: int, order: str, giver: str, templates: Sequence[Template]
 def _name_pool(
     names: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", needed: int
 ) -> list[str]:
-    split = [] if tokenizer is None else [x for x in names if _name_id(x, tokenizer) is None]
+    split = [] if tokenizer is None else [x for x in names if name_id(x, tokenizer) is None]
     if split and tuple(names) != NAMES:
         raise PromptError(f"not a single token with a space before it: {', '.join(split)}")
     pool = [name for name in dict.fromkeys(names) if name not in split]
@@ -137,14 +137,15 @@ def _name_pool(
     return pool
 
 
-def _name_id(name: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def name_id(name: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token of a name after another word: some tokenizers put a space before the first one."""
-    before, ids = _plain_ids("to", tokenizer), _plain_ids(f"to {name}", tokenizer)
+    before, ids = plain_ids("to", tokenizer), plain_ids(f"to {name}", tokenizer)
     single = len(ids) == len(before) + 1 and ids[:-1] == before
     return ids[-1] if single and ids[-1] != tokenizer.unk_token_id else None
 
 
-def _plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def plain_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens of a text, without any that tokenizers put in front of it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -166,89 +167,14 @@ def fill(text: str, slots: dict[str, str]) -> str:
     return re.sub(r"\[([A-Z]+)\]", lambda match: slots[match[1]], text)
 
 
-def read_texts(path: str | Path) -> pd.DataFrame:
-    """Read prompts from a .txt file (one a line) or a .csv file (text and, if known, io and s).
-
-    The index is the line in the file, from 1. Spaces around headers and values are dropped.
-    Raises PromptError for another kind of file, one that is no UTF-8 text, an empty one, and for
-    headers and rows that do not fit.
-    """
-    path = Path(path)
-    if path.suffix not in (".txt", ".csv"):
-        raise PromptError(f"prompts come from a .txt or .csv file, not {path.name}")
-    if not path.is_file():
-        raise PromptError(f"no such file: {path}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = ((n, {"text": line.strip()}) for n, line in enumerate(file, 1) if line.strip())
-            rows = dict(_csv_rows(file, path.name) if path.suffix == ".csv" else lines)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path.name} is not a {path.suffix} file in UTF-8: {error}") from error
-    if not rows:
-        raise PromptError(f"{path.name} holds no prompts")
-    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="line"))
-
-
-def _csv_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(file, skipinitialspace=True, strict=True)
-    header = [cell.strip().lower() for cell in next(reader, [])]
-    if "text" not in header:
-        raise PromptError(f"{name} needs a column 'text'; its first line is {', '.join(header)!r}")
-    if twice := [x for x in dict.fromkeys(header) if x and header.count(x) > 1]:
-        raise PromptError(f"{name} has several columns called {', '.join(twice)}: keep one of them")
-    try:
-        for cells in reader:
-            row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-            if len(cells) > len(header):
-                raise csv.Error(f"a text with commas needs quotes around it: {row['text']!r} …")
-            if any(row.values()):
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise PromptError(f"{name}, line {reader.line_num}: {error}") from error
-
-
-def with_names(prompts: pd.DataFrame, names: Sequence[str] = NAMES) -> pd.DataFrame:
-    """The prompts with columns io and s, inferred where they are missing, and then order.
-
-    Of `names` and the one that is given, if any, the one that comes twice is the subject and the
-    other, that comes once, the indirect object. Raises PromptError for a prompt without such names.
-    """
-    rows = prompts.to_dict("records")
-    inferred = [_infer_names(row, names, _place(prompts, n)) for n, row in enumerate(rows)]
-    table = [row | more for row, more in zip(rows, inferred, strict=True)]
-    return pd.DataFrame(table, index=prompts.index)
-
-
-def _place(table: pd.DataFrame, n: int) -> str:
+def place_of(table: pd.DataFrame, n: int) -> str:
     """Where a prompt stands, to begin a message with: nowhere in particular if it is alone."""
     name = table.index.name or ("prompt" if len(table) > 1 else "")
     return f"{name} {table.index[n]}: " if name else ""
 
 
-def _infer_names(row: dict, names: Sequence[str], place: str) -> dict:
-    given = {key: row[key] for key in ("io", "s") if _is_name(row.get(key))}
-    if len(given) == 2:
-        return {}
-    words = re.findall(r"\w+", row["text"])
-    found = [word for word in words if word in names or word in given.values()]
-    count = {word: found.count(word) for word in [*found, *given.values()]}
-    once = [given["io"]] if "io" in given else [x for x in count if count[x] == 1]
-    twice = [given["s"]] if "s" in given else [x for x in count if count[x] == 2]
-    if [count[x] for x in once] == [1] and [count[x] for x in twice] == [2]:
-        order = "ABBA" if found.index(once[0]) < found.index(twice[0]) else "BABA"
-        return {"io": once[0], "s": twice[0], "order": order}
-    small = dict.fromkeys(x for x in words if x not in names and x.capitalize() in names)
-    if small:
-        reason = f"a name has a capital letter, but {', '.join(small)} has none"
-    elif given:
-        reason = " and ".join(f"{key} is {x!r}, there {count[x]}×" for key, x in given.items())
-    else:
-        has = ", ".join(f"{x} {n}×" for x, n in count.items()) or "none"
-        reason = f"it has {has} of {len(names)} known names; columns io and s of a .csv name others"
-    raise PromptError(f"{place}needs one name twice and another once: {row['text']!r} ({reason})")
-
-
-def _is_name(value: object) -> bool:
+def is_word(value: object) -> bool:
+    """Whether a cell of a table holds a word: neither empty nor missing."""
     return isinstance(value, str) and value != ""
 
 
@@ -261,6 +187,8 @@ def encode(
     in training), and a prompt that begins with one itself is warned of. Raises PromptError for a
     model without tokenizer or with that of another one, no prompts, an empty or too long one, an
     unknown word, a name that is not a single token, or not there once (io) and twice (s).
+    Roles come from the names, and from columns "at noun", "at year", …: the role begins at this
+    character of the text, from 0, and is that of the token there.
 
     >>> batch = encode(model, ioi_prompts(4, tokenizer=model.tokenizer))
     >>> batch.tokens.shape == batch.mask.shape, sorted(batch.roles)
@@ -278,20 +206,24 @@ def encode(
     if None in start:
         raise PromptError(f"the tokenizer of {model.name} has no beginning-of-sequence token")
     texts = enumerate(table["text"])
-    rows = [start + _token_ids(text, model, _place(table, n)) for n, text in texts]
+    rows = [start + _token_ids(text, model, place_of(table, n)) for n, text in texts]
     if twice := [n for n, row in enumerate(rows) if bos and row[:2] == 2 * start]:
-        where, more = _place(table, twice[0]), f" (as do {len(twice) - 1} more)" * (len(twice) > 1)
+        more = f" (as do {len(twice) - 1} more)" * (len(twice) > 1)
         message = f"begins with {tokenizer.bos_token} twice, once of its own{more}: keep one"
-        warnings.warn(f"{where}{message}", stacklevel=2)
+        warnings.warn(f"{place_of(table, twice[0])}{message}", stacklevel=2)
     _check_lengths(rows, table["text"], model.n_ctx)
     words = _check_ids(rows, model)
     tokens, mask = _pad(rows, tokenizer, words)
     read = {token: tokenizer.decode([token]) for token in {x for row in rows for x in row}}
     labels = [[read[token] for token in row] for row in rows]
-    if not {"io", "s"} <= set(table.columns):
-        return Batch(table.reset_index(drop=True), tokens, mask, labels, {}, None, None)
-    io, s = (_ids(table, column, tokenizer) for column in ("io", "s"))
-    roles = _roles(table, tokens, mask, tokenizer)
+    roles = _marked(table, len(start), tokenizer)
+    if {"io", "s"} <= set(table.columns):
+        io, s = (_ids(table, column, tokenizer) for column in ("io", "s"))
+        roles |= _roles(table, tokens, mask, tokenizer)
+    else:
+        io = s = None
+    if roles:
+        roles["end"] = mask.sum(1) - 1
     return Batch(table.reset_index(drop=True), tokens, mask, labels, roles, io, s)
 
 
@@ -299,13 +231,13 @@ def _token_ids(text: str, model: Model, place: str) -> list[int]:
     if not text.strip():
         raise PromptError(f"{place}an empty prompt")
     tokenizer = model.tokenizer
-    ids = _plain_ids(text, tokenizer)
+    ids = plain_ids(text, tokenizer)
     unknown, unknowns = tokenizer.unk_token_id, ids.count(tokenizer.unk_token_id)
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         # it may be meant, as a special token
         unknowns -= text.count(str(tokenizer.unk_token or "\0"))
     if unknowns:
-        raise PromptError(f"{place}{_unknown(text, tokenizer)}")
+        raise PromptError(f"{place}{unknown_words(text, tokenizer)}")
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     normal = normalizer.normalize_str(text) if normalizer else text  # where "▁" may be a space
@@ -323,11 +255,11 @@ def _reads_as(decoded: str, text: str) -> bool:
     return "".join(decoded.split()) == "".join(text.split()) and ends[0] >= ends[1]
 
 
-def _unknown(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+def unknown_words(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Why a text has unknown tokens, and what to do about it."""
 
     def known(part: str) -> bool:
-        return tokenizer.unk_token_id not in _plain_ids(part, tokenizer)
+        return tokenizer.unk_token_id not in plain_ids(part, tokenizer)
 
     if str(tokenizer.unk_token) in text:
         return f"{tokenizer.unk_token} is a special token, no word: leave it out"
@@ -377,9 +309,9 @@ def _ids(
     table: pd.DataFrame, column: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Int[Tensor, "prompt"]:
     names = table[column].tolist()
-    if missing := [n for n, name in enumerate(names) if not _is_name(name)]:
-        raise PromptError(f"{_place(table, missing[0])}no name in column {column}")
-    known = {name: _name_id(name, tokenizer) for name in dict.fromkeys(names)}
+    if missing := [n for n, name in enumerate(names) if not is_word(name)]:
+        raise PromptError(f"{place_of(table, missing[0])}no name in column {column}")
+    known = {name: name_id(name, tokenizer) for name in dict.fromkeys(names)}
     split = [name for name, token in known.items() if token is None]
     if split:
         raise PromptError(f"not a single token with a space before it: {', '.join(split)}")
@@ -398,11 +330,34 @@ def _roles(
     for column, names in wanted.items():
         hits = (tokens == _ids(table, column, tokenizer)[:, None]) & mask
         for n, found in enumerate(hits.sum(1).tolist()):
-            _check_name(prompts[n], column, found, len(names), _place(table, n))
+            _check_name(prompts[n], column, found, len(names), place_of(table, n))
         order = hits.cumsum(1)
         for nth, role in enumerate(names, 1):
             roles[role] = (hits & (order == nth)).int().argmax(1)
-    return roles | {"S1+1": roles["S1"] + 1, "end": mask.sum(1) - 1}
+    return roles | {"S1+1": roles["S1"] + 1}
+
+
+def _marked(
+    table: pd.DataFrame, first: int, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Int[Tensor, "prompt"]]:
+    """Where the roles are that columns "at …" mark, behind the `first` tokens of every prompt."""
+    columns = [column for column in table.columns if column.startswith(ROLE_MARK)]
+    if not columns:
+        return {}
+    encoded = tokenizer(table["text"].tolist(), add_special_tokens=False)
+    roles = {}
+    for column in columns:
+        places = pd.to_numeric(table[column], errors="coerce").tolist()
+        found = [
+            encoded.char_to_token(n, int(place)) if place >= 0 else None  # not where it is NaN
+            for n, place in enumerate(places)
+        ]
+        if None in found:
+            n = found.index(None)
+            value, text = table[column].iloc[n], table["text"].iloc[n]
+            raise PromptError(f"{place_of(table, n)}{column}: no token at {value!r}: {text!r}")
+        roles[column.removeprefix(ROLE_MARK)] = torch.tensor(found) + first
+    return roles
 
 
 def _check_name(row: dict, column: str, found: int, wanted: int, place: str) -> None:

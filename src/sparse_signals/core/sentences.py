@@ -36,12 +36,13 @@ When [A] and [B] had lunch at the [PLACE], [S] decided to give a [OBJECT] to
 """
 
 
-def _words(text: str) -> tuple[str, ...]:
+def word_list(text: str) -> tuple[str, ...]:
+    """The words of a text, in order."""
     return tuple(text.split())
 
 
 # One token each, with the space before them, in the vocabularies of GPT-2 and SmolLM2.
-NAMES = _words("""
+NAMES = word_list("""
     Mary John Alice Paul Sarah Peter Emma David Lucy James Anna Mark Jane Simon Helen Tom Kate
     Daniel Laura Martin Rachel George Sophie Henry Claire Adam Julia Jack Ruth Oscar Grace Erin
     Emily Leo Hannah Max Rose Luke Sally Ben Molly Sam Nina Hugo Lily Felix Clara Noah Eva Owen
@@ -53,14 +54,14 @@ NAMES = _words("""
 """)
 
 
-PLACES = _words("""
+PLACES = word_list("""
     park station library market garden school office museum bakery hospital church theatre hotel
     restaurant harbour farm beach bridge river castle store school house kitchen shop cinema island
     village forest street tower prison club bar pool lake
 """)
 
 
-OBJECTS = _words("""
+OBJECTS = word_list("""
     book letter ticket flower drink ring key cake map coat camera watch basket guitar lamp ball
     picture bottle sandwich hat computer phone stone shirt cup box bag candle knife clock pen bike
     doll mirror gift coin blanket drum
