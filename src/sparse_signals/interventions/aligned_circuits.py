@@ -21,10 +21,10 @@ from torch import Tensor
 from sparse_signals.core.forward import Gates, Pass, forward
 from sparse_signals.core.model import BIAS_ROW, Model, head_name, once_per_model
 from sparse_signals.core.objective import Objective, aligned_objective, first_change
-from sparse_signals.core.prompts import OTHER, Batch, PromptError
+from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import fitting_rows, run, runs
 from sparse_signals.interventions.gated_model import mean_outputs
-from sparse_signals.tracing.roots import logit_attribution
+from sparse_signals.tracing.roots import logit_attribution, position_of
 from sparse_signals.tracing.trace import Trace
 
 FIXED = ("position", "bias")  # components that write the same in aligned runs
@@ -194,26 +194,32 @@ def _joined_prompts(pieces: Sequence[tuple[Tensor, ...]]) -> Answered:
 # --- nodes ---------------------------------------------------------------------------------------
 
 
-def role_rows(batch: Batch) -> tuple[tuple[str, ...], Int[Tensor, "prompt pos"]]:
-    """Names of rows, "other" and the roles of the prompts, and the row of every token.
+def role_rows(batch: Batch, roles: Sequence[str]) -> Int[Tensor, "prompt pos"]:
+    """The row of every token: 1, 2, … for the roles, 0 for all others; of several, the last one.
 
-    A token of several roles has the last one of them.
+    Raises PromptError for a role that the prompts do not have.
     """
-    roles = batch.roles | {"end": batch.last}
-    names, row = (OTHER, *roles), torch.zeros_like(batch.tokens)
-    for n, position in enumerate(roles.values(), 1):
-        row.scatter_(1, position[:, None], n)
-    return names, row
+    row = torch.zeros_like(batch.tokens)
+    for n, role in enumerate(roles, 1):
+        row.scatter_(1, position_of(batch, role)[:, None], n)
+    return row
 
 
-def template_places(batch: Batch) -> Int[Tensor, "prompt pos"]:
-    """A number for every template and position, by the column "template"; −1 for padding."""
-    if "template" not in batch.table:
-        raise PromptError("places are positions in a template: the prompts need that column")
-    length = batch.tokens.shape[1]
-    template = torch.tensor(batch.table["template"].tolist())
-    place = template[:, None] * length + torch.arange(length)
-    return place.masked_fill(~batch.mask, -1)
+def template_places(batches: Sequence[Batch]) -> list[Int[Tensor, "prompt pos"]]:
+    """A number for every template and position, alike in all batches; −1 for padding.
+
+    Raises PromptError for prompts without a column "template".
+    """
+    length, keys = max(batch.tokens.shape[1] for batch in batches), []
+    for batch in batches:
+        if "template" not in batch.table:
+            raise PromptError("places are positions in a template: the prompts need that column")
+        template = torch.tensor(batch.table["template"].tolist())
+        key = template[:, None] * length + torch.arange(batch.tokens.shape[1])
+        keys.append(key.masked_fill(~batch.mask, -1))
+    known = torch.cat([key.flatten() for key in keys]).unique()
+    known = known[known >= 0]
+    return [torch.searchsorted(known, key).masked_fill(key < 0, -1) for key in keys]
 
 
 @torch.no_grad()
@@ -221,15 +227,20 @@ def run_nodes(
     prompts: AlignedPrompts,
     circuits: Bool[Tensor, "circuit row component"],
     row: Int[Tensor, "prompt pos"],
-    place: Int[Tensor, "prompt pos"],
+    reference: Batch,
 ) -> Answered:
     """Run circuits of nodes: components at the tokens of a row, which write what they compute.
 
-    For all that read it, what is outside a circuit writes the mean, over the counterfactuals, of
-    what it writes at tokens of the same place (−1: none, as for padding).
+    For all that read it, what is outside a circuit writes the mean of what it writes at the same
+    position of the same template in the `reference`, such as many counterfactuals.
+    Raises PromptError where the reference lacks a template, or prompts have none.
     """
     model, pieces = prompts.model, []
-    means = mean_outputs(model, prompts.counterfactual, place, int(place.max()) + 1)
+    place, known = template_places([prompts.batch, reference])
+    if lacking := sorted(set(place.flatten().tolist()) - set(known.flatten().tolist()) - {-1}):
+        n = int((place == lacking[0]).any(1).nonzero()[0])
+        raise PromptError(f"no prompt of the reference has the template and length of prompt {n}")
+    means = mean_outputs(model, reference, known, int(known.max()) + 1)
     row, place = row.to(model.device), place.clamp(min=0).to(model.device)
     for rows in fitting_rows(model, prompts.batch, CIRCUIT_BYTES):
         batch, every = prompts.batch.rows(rows), []
@@ -271,9 +282,7 @@ def best_nodes(
     return circuits
 
 
-def _largest(
-    values: Float[Tensor, "n"], sizes: Sequence[int], seed: int
-) -> Bool[Tensor, "size n"]:
+def _largest(values: Float[Tensor, "n"], sizes: Sequence[int], seed: int) -> Bool[Tensor, "size n"]:
     shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
     order = shuffled[values.cpu().abs()[shuffled].argsort(descending=True, stable=True)]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
@@ -283,42 +292,50 @@ def _largest(
 def traced_edges(traced: Trace, column: str = "share") -> Float[Tensor, "edge"]:
     """How strong the edges of `Edges` are in a trace of scores: the mean of a column over prompts.
 
-    Several firings of a head in a prompt count with the sum of their sizes. Edges into values, MLPs
-    and the read-out have 0, since scores do not depend on them.
+    Several firings of a head in a prompt count with the sum of their sizes. Scores depend on
+    queries and keys alone. To make it a circuit, edges into a key count for the value too, since a
+    head moves what stands where it looks, and those of the roots into the read-out count 1.
     """
     model, table = traced.model, traced.edges
     table = table[~table["kind"].isin([*FIXED, BIAS_ROW])]
-    upstream = pd.Index(model.components["component"]).get_indexer(pd.Index(table["upstream"]))
-    place = (torch.tensor(x.tolist()) for x in (table["layer"], table["head"], upstream))
-    place, sizes = tuple(place), torch.tensor(table[column].abs().to_numpy()).double()
+    names = pd.Index(model.components["component"])
+    upstream = names.get_indexer(pd.Index(table["upstream"]))
+    place = [torch.tensor(x.tolist()) for x in (table["layer"], table["head"], upstream)]
+    sizes = torch.tensor(table[column].abs().to_numpy()).double()
     values, shape = {}, Edges.of(model).shapes["q"]
     for name, side in (("q", "dest"), ("k", "src")):
         here = torch.tensor((table["side"] == side).tolist())
         found = torch.zeros(shape, dtype=torch.float64)
         found.index_put_(tuple(x[here] for x in place), sizes[here], accumulate=True)
         values[name] = found / len(traced.batch.tokens)
-    return Edges.of(model).flat(values)
+    out = torch.zeros(shape[-1], dtype=torch.float64)
+    out[names.get_indexer(pd.Index([root.name for root in traced.roots]))] = 1
+    return Edges.of(model).flat(values | {"v": values["k"], "out": out})
 
 
 def direct_edges(prompts: AlignedPrompts) -> Float[Tensor, "edge"]:
-    """Edges by direct attribution: |mean over prompts of what a component writes into F itself|.
+    """Edges in the order of direct attribution: what a component writes into F itself, in size.
 
-    An edge has the smaller value of its two ends (of the heads of a group, the largest), an edge
-    into the read-out that of its upstream component. Source: Wang et al. 2023 (of heads).
+    An edge comes with the better of its two ends, then by the other one (of the heads of a group,
+    the best; the read-out is never the worse end), as in `head_value`; values say the order alone.
+    Source: Wang et al. 2023 (of heads).
     """
     model, edges = prompts.model, Edges.of(prompts.model)
     total = torch.zeros(len(model.components) - 1, dtype=torch.float64)
     for rows, part in runs(model, prompts.batch, CIRCUIT_BYTES):
         found = logit_attribution(part, prompts.objective.rows(rows))[0]
         total += found[:, :-1].double().sum(0).cpu()
-    value, table = total.abs() / len(prompts.batch.tokens), edges.table()
+    rank, table = total.abs().argsort().argsort(), edges.table()
     names = pd.Index(model.components["component"][:-1])
-    heads = value[model.is_head[:-1].cpu()].view(model.n_layers, model.n_kv_heads, -1)
-    heads = heads.amax(2)
-    up = value[names.get_indexer(pd.Index(table["upstream"]))]
-    at = torch.tensor(names.get_indexer(pd.Index(table["downstream"])))  # −1: the read-out
-    down = value[at].where(at >= 0, torch.inf)
+    up, down = (
+        torch.tensor(names.get_indexer(pd.Index(table[end]))) for end in ("upstream", "downstream")
+    )
+    into = rank[down].where(down >= 0, -1)
+    heads = rank[model.is_head[:-1].cpu()].view(model.n_layers, model.n_kv_heads, -1).amax(2)
+    layer, head = (torch.tensor(table[name].tolist()) for name in ("layer", "head"))
+    group = head // (model.n_heads // model.n_kv_heads)
     shared = torch.tensor(table["input"].isin(["k", "v"]).tolist())
-    group = torch.tensor(table["head"].tolist())[shared] // (model.n_heads // model.n_kv_heads)
-    down[shared] = heads[torch.tensor(table["layer"].tolist())[shared], group]
-    return torch.minimum(up, down)
+    into[shared] = heads[layer[shared], group[shared]]
+    best, other = torch.maximum(rank[up], into), torch.minimum(rank[up], into)
+    other = other.where(down >= 0, len(rank))
+    return (best * (len(rank) + 1) + other + 1).double()

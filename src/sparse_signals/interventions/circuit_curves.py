@@ -47,7 +47,7 @@ def edge_answers(
     number = len(next(iter(rankings.values())))
     ends = torch.tensor([[False], [True]]).expand(2, number)
     found = run_edges(prompts, torch.cat([ends, *circuits.values()]))
-    return circuit_answers(prompts.batch, found, {name: partial for name in rankings}, draw)
+    return circuit_answers(prompts.batch, found, dict.fromkeys(rankings, partial), draw)
 
 
 def circuit_answers(
@@ -113,9 +113,7 @@ def curve_table(
     cluster = np.unique(answers["template"], return_inverse=True)[1]
     grouped = answers.groupby(list(by), sort=False)
     times = resample(int(cluster.max()) + 1, draws, seed)
-    part, whole = (
-        (answers[x] - answers["closed"]).to_numpy(float) for x in ("F", "open")
-    )
+    part, whole = ((answers[x] - answers["closed"]).to_numpy(float) for x in ("F", "open"))
     group = grouped.ngroup().to_numpy()
     f, low, high = group_bootstrap(part, group, cluster, times, grouped.ngroups, whole)
     means = grouped[["F", "P", "first"]].mean().rename(columns={"first": "top1"})
@@ -163,14 +161,15 @@ def _sampled(
     keys = [pd.factorize(answers[name], sort=name == "size") for name in ("method", "draw", "size")]
     place, names = zip(*keys, strict=True)
     shape = tuple(map(len, names))
-    if not (0 < names[2].min() and names[2].max() == 1):
+    if not (names[2].min() > 0 and names[2].max() == 1):
         raise ValueError("areas are over shares of edges, up to all of them")
     group = np.ravel_multi_index(place, shape)
     cluster = np.unique(answers["template"], return_inverse=True)[1]
     clusters, groups = int(cluster.max()) + 1, int(np.prod(shape))
     times = resample(clusters, draws, seed)
     part, whole = (
-        times @ np.bincount(
+        times
+        @ np.bincount(
             cluster * groups + group,
             (answers[name] - answers["closed"]).to_numpy(float),
             clusters * groups,
