@@ -1,4 +1,4 @@
-"""Which ranking of edges gives the most faithful circuits: one table of methods, on held-out prompts.
+"""Which ranking of edges gives the most faithful circuits: methods in one table, held out.
 
 Rankings are made of training prompts and templates and tested on held-out ones, in several draws.
 Writes and prints tables: curves, areas and their differences for circuits of edges, or nodes.
@@ -50,6 +50,7 @@ POINTS = {  # where gradients are taken, from counterfactuals (0) to prompts (1)
 }
 AGAINST = "EAP-IG 20"
 NODES = (10, 20, 40, 80)
+USES = ("train", "test", "reference")
 OF_NODES = ("secant", "EAP", "EAP-IG 5")
 BY = ("method", "size")
 KINDS = {"heads": ("head",), "heads and MLPs": ("head", "MLP")}
@@ -59,16 +60,16 @@ T = TypeVar("T")
 
 
 def prompts_of(
-    given: argparse.Namespace, model: Model, draw: int, held_out: bool, n: int | None = None
+    given: argparse.Namespace, model: Model, use: str, draw: int, n: int
 ) -> AlignedPrompts:
     """Prompts of a task, sorted by template, so that those that differ late stand together."""
     table = task_prompts(
         given.task,
-        n or (given.test if held_out else given.train),
-        seed=draw,
+        n,
+        seed=len(USES) * draw + USES.index(use),  # others for every use and draw
         tokenizer=model.tokenizer,
         counterfactual=given.counterfactual,
-        held_out=held_out,
+        held_out=use != "train",
     )
     asked = questions(model, table.sort_values("template").reset_index(drop=True))
     assert asked.counterfactual is not None
@@ -123,7 +124,8 @@ def edges_compared(given: argparse.Namespace, model: Model) -> dict[str, pd.Data
     """Curves and areas of circuits of edges."""
     pieces = []
     for draw in range(given.draws):
-        train, test = (prompts_of(given, model, draw, held_out) for held_out in (False, True))
+        train = prompts_of(given, model, "train", draw, given.train)
+        test = prompts_of(given, model, "test", draw, given.test)
         found = {name: timed(name, partial(shares_of, train, [], name)) for name in POINTS}
         answers = partial(edge_answers, test, rankings(train, found), draw=draw)
         pieces.append(timed("circuits", answers))
@@ -140,8 +142,9 @@ def nodes_compared(given: argparse.Namespace, model: Model) -> dict[str, pd.Data
     """Curves of circuits of nodes: heads, or heads and MLPs, at the tokens of a role."""
     pieces: dict[str, list[pd.DataFrame]] = {label: [] for label in KINDS}
     for draw in range(given.draws):
-        train, test = (prompts_of(given, model, draw, held_out) for held_out in (False, True))
-        more = prompts_of(given, model, draw + given.draws, True, REFERENCES * given.test)
+        train = prompts_of(given, model, "train", draw, given.train)
+        test = prompts_of(given, model, "test", draw, given.test)
+        more = prompts_of(given, model, "reference", draw, REFERENCES * given.test)
         reference = replace(more.counterfactual, table=more.batch.table)  # knows its templates
         roles = [role for role in train.batch.roles if role in test.batch.roles]
         row = role_rows(test.batch, roles)

@@ -22,7 +22,7 @@ from sparse_signals.core.forward import Gates, Pass, forward
 from sparse_signals.core.model import BIAS_ROW, Model, head_name, once_per_model
 from sparse_signals.core.objective import Objective, aligned_objective, first_change
 from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.run import fitting_rows, run, runs
+from sparse_signals.core.run import fitting_rows, runs
 from sparse_signals.interventions.gated_model import mean_outputs
 from sparse_signals.tracing.roots import logit_attribution, position_of
 from sparse_signals.tracing.trace import Trace
@@ -169,7 +169,7 @@ def run_edges(prompts: AlignedPrompts, circuits: Bool[Tensor, "circuit edge"]) -
     for rows in fitting_rows(model, prompts.batch, CIRCUIT_BYTES):
         batch, other = prompts.batch.rows(rows), prompts.counterfactual.rows(rows)
         start, stop = first_change(batch, other), int(batch.last.max()) + 1
-        front = run(model, batch.positions(0, start)) if start else None
+        front = forward(model, batch.positions(0, start)).run if start else None
         batch, other = (x.positions(start, stop) for x in (batch, other))
         reference = forward(model, other, front=front).run.outputs.flatten(0, 1)
         place = torch.arange(len(reference), device=model.device).view(other.tokens.shape)
