@@ -129,6 +129,7 @@ def edges_compared(given: argparse.Namespace, model: Model) -> dict[str, pd.Data
         found = {name: timed(name, partial(shares_of, train, [], name)) for name in POINTS}
         answers = partial(edge_answers, test, rankings(train, found), draw=draw)
         pieces.append(timed("circuits", answers))
+        pd.concat(pieces).to_csv(given.out / "answers.csv", index=False)
     answers = pd.concat(pieces, ignore_index=True)
     return {
         "curves": curve_table(answers, by=("method", "size")),

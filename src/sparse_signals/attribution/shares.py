@@ -121,9 +121,8 @@ def edge_shares(
     if points is not None and not len(points):
         raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
-    for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
-        total.add_chunk(chunk, row[rows].to(model.device), points)
+    for rows, chunk in _chunks(model, batch, counterfactual, objective):
+        total.add_chunk(chunk, row[rows, : chunk.stop].to(model.device), points)
     return total.finished(exact=points is None)
 
 
@@ -138,11 +137,11 @@ def node_shares(
     Raises ShareError and PromptError as `edge_shares` does.
     """
     objective, pieces, gaps = aligned_objective(model, batch, counterfactual, objective), [], []
-    for rows in fitting_rows(model, batch, SHARES_BYTES):
-        chunk = _Chunk(model, batch.rows(rows), counterfactual.rows(rows), objective.rows(rows))
+    for _, chunk in _chunks(model, batch, counterfactual, objective):
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
-        pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
-        embedding = pieces[-1][:, :, 0]
+        around = (0, 0, chunk.start, batch.tokens.shape[1] - chunk.stop)
+        pieces += [torch.nn.functional.pad(x, around) for x in values]
+        embedding = values[-1][:, :, 0]
         size = torch.maximum(embedding.abs().sum(1), chunk.rounding)
         gaps.append(_gap(embedding.sum(1), chunk.difference, size).max())
     _refuse_above(float(torch.stack(gaps).max()), model)
@@ -188,6 +187,11 @@ class _Chunk:
     def start(self) -> int:
         """The first token that differs in any of the prompts: nothing in front of it changes."""
         return first_change(self.batch, self.counterfactual)
+
+    @property
+    def stop(self) -> int:
+        """Where the longest of the prompts ends."""
+        return self.batch.tokens.shape[1]
 
     @cached_property
     def last(self) -> Int[Tensor, "prompt"]:
@@ -290,6 +294,16 @@ class _Chunk:
         unembed = self.model.bridge.unembed
         final = normalise(self.model, self.model.bridge.ln_final, end.x, end.scale)
         return final @ unembed.W_U + unembed.b_U
+
+
+def _chunks(
+    model: Model, batch: Batch, counterfactual: Batch, objective: Objective
+) -> Iterator[tuple[slice, _Chunk]]:
+    """Prompts that fit into memory together, without the padding that none of them needs."""
+    for rows in fitting_rows(model, batch, SHARES_BYTES):
+        stop = int(batch.last[rows].max()) + 1
+        both = (x.rows(rows).positions(0, stop) for x in (batch, counterfactual))
+        yield rows, _Chunk(model, *both, objective.rows(rows))
 
 
 @once_per_model

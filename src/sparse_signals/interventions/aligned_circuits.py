@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -126,15 +127,15 @@ class Edges:
         pieces, start, groups = [], 0, self.model.n_heads // self.model.n_kv_heads
         for name, shape in self.shapes.items():
             here = self.place - start
-            here = here[(here >= 0) & (here < torch.Size(shape).numel())]
-            place = torch.unravel_index(here, shape)
-            nowhere = torch.full_like(here, -1)
+            here = here[(here >= 0) & (here < torch.Size(shape).numel())].numpy()
+            place = np.unravel_index(here, shape)
+            nowhere = np.full_like(here, -1)
             layer = nowhere if name == "out" else place[0]
             head = place[1] * (groups if name in "kv" else 1) if name in "qkv" else nowhere
             table = pd.DataFrame({"input": name, "layer": layer, "head": head})
             down = {"mlp": "MLP " + table["layer"].astype(str), "out": "read-out"}
             table["downstream"] = down.get(name, head_name(table["layer"], table["head"]))
-            table["upstream"] = names[place[-1].numpy()]
+            table["upstream"] = names[place[-1]]
             pieces.append(table)
             start += torch.Size(shape).numel()
         columns = ["upstream", "downstream", "input", "layer", "head"]
