@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.forward import Gates, forward, read_out
+from sparse_signals.core.forward import Gates, forward
 from sparse_signals.core.model import Model, load_model, logits
 from sparse_signals.core.prompts import Batch, encode, fill, ioi_prompts
 from sparse_signals.core.run import Run, run
@@ -199,8 +199,7 @@ class Bench:
 
         Or only in the `inputs` ("q", "k", "v") of the heads `receivers`.
         """
-        model, rows = self.model, torch.arange(len(self.place))
-        here = self.at(*roles)
+        model, here = self.model, self.at(*roles)
         names = model.components["component"][:-1]
         gate = torch.ones(2, len(names), dtype=model.dtype)
         gate[1, torch.tensor(names.isin(list(senders)).tolist())] = 0.0
@@ -215,11 +214,7 @@ class Bench:
         passed = forward(
             model, self.batch, gates=Gates(here.long(), self.reference, self.place, **gates)
         )
-        end = self.batch.last
-        old, written = self.reference[self.place[rows, end]], passed.run.outputs[rows, end]
-        stream = old + gate[here[rows, end].long()][..., None] * (written - old)
-        words = torch.arange(len(model.tokenizer)).expand(len(rows), -1)
-        best = read_out(model, stream.sum(1), words).argmax(-1)
+        best = passed.logits.argmax(-1)
         return Outcome(passed.difference, (best == self.batch.io).double(), passed.run)
 
     def without(self, heads: Iterable[str], *roles: str) -> Outcome:

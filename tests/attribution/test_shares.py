@@ -343,9 +343,9 @@ def test_batches_must_be_aligned(tiny_gpt2, pair):
     batch, other = pair
     mask = other.mask.clone()
     mask[3, 7] = False
-    with pytest.raises(ShareError, match="prompt 3 has 8 tokens and its counterfactual 7"):
+    with pytest.raises(PromptError, match="prompt 3 has 8 tokens and its counterfactual 7"):
         edge_shares(tiny_gpt2, batch, replace(other, mask=mask))
-    with pytest.raises(ShareError, match="both must be alike"):
+    with pytest.raises(PromptError, match="both must be alike"):
         edge_shares(tiny_gpt2, batch, other.rows(slice(4)))
 
 
@@ -355,7 +355,7 @@ def test_an_answer_is_needed(tiny_gpt2, pair):
 
 
 def test_the_objective_is_of_these_prompts(tiny_gpt2, pair):
-    with pytest.raises(ShareError, match="objective of 7 prompts"):
+    with pytest.raises(PromptError, match="of 7 prompts"):
         edge_shares(tiny_gpt2, *pair, objective=Objective.log_probability([[1]] * 7))
 
 
@@ -371,7 +371,7 @@ def test_gradients_need_a_point(tiny_gpt2, pair):
 
 def test_prompts_fit_into_the_window(tiny_gpt2):
     long = aligned(torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
-    with pytest.raises(ShareError, match="prompts have 40 tokens; tiny-gpt2 takes 32"):
+    with pytest.raises(PromptError, match="prompts have 40 tokens; tiny-gpt2 takes 32"):
         edge_shares(tiny_gpt2, *long)
 
 

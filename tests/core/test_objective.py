@@ -35,3 +35,12 @@ def test_what_is_missing_or_both_is_said():
         Objective.log_probability([[], [2]])
     with pytest.raises(PromptError, match="token 2 is both"):
         Objective.difference([[1, 2]], [[2]])
+
+
+def test_right_tokens_are_those_of_positive_weight():
+    asked = Objective.difference([[1, 1, 2], [0]], [[4], [5, 6, 7]])
+    p = LOGITS.softmax(-1)
+    assert torch.allclose(asked.probability(LOGITS), torch.stack([p[0, 1:3].sum(), p[1, 0]]))
+    best = torch.zeros(2, 9).index_fill(1, torch.tensor([0]), 1.0)
+    assert asked.comes_first(best).tolist() == [False, True]
+    assert asked.comes_first(best.roll(2, 1)).tolist() == [True, False]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_signals.attribution.readers import Node, Readers, readers
@@ -13,7 +13,7 @@ from sparse_signals.attribution.record import Record, record
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, once_per_model
-from sparse_signals.core.objective import Objective
+from sparse_signals.core.objective import Objective, aligned_objective, first_change
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import fitting_rows
 
@@ -53,45 +53,43 @@ class AlignedRuns:
     ) -> "AlignedRuns":
         """Checked, before anything runs; without an objective it is logit(IO) − logit(S).
 
-        Raises ShareError for batches that are not aligned, and an objective of other prompts;
-        PromptError where none is given and prompts have no names.
+        Raises PromptError for batches that are not aligned, and an objective of other prompts;
+        ShareError for vectors that are not as many as tokens.
         """
-        ours = batch.mask
         if isinstance(counterfactual, Batch):
-            _check_alike(ours, counterfactual.mask)
-        elif counterfactual.shape != (*ours.shape, model.d_model):
-            raise ShareError(
-                f"vectors in the place of {(*ours.shape, model.d_model)} embeddings "
-                f"are as many, not {tuple(counterfactual.shape)}"
-            )
-        if ours.shape[1] > model.n_ctx:
-            raise ShareError(
-                f"prompts have {ours.shape[1]} tokens; {model.name} takes {model.n_ctx}"
-            )
-        if objective is None:
-            io, wrong = batch.answers("the answer that is split")[:, :, None].unbind(1)
-            objective = Objective.difference(io.tolist(), wrong.tolist())
-        if len(objective) != len(ours):
-            raise ShareError(f"an objective of {len(objective)} prompts, not of these {len(ours)}")
+            objective = aligned_objective(model, batch, counterfactual, objective)
+        else:
+            objective = aligned_objective(model, batch, batch, objective)
+            if counterfactual.shape != (shape := (*batch.tokens.shape, model.d_model)):
+                raise ShareError(
+                    f"vectors in the place of embeddings are {shape} numbers, "
+                    f"not {tuple(counterfactual.shape)}"
+                )
         return cls(model, batch, counterfactual, objective)
 
     def chunks(self) -> Iterator[tuple[slice, "AlignedRuns"]]:
-        """The same in pieces that fit into memory."""
+        """The same in pieces that fit into memory, without the padding that none of them needs."""
         for rows in fitting_rows(self.model, self.batch, RUNS_BYTES):
-            other = self.counterfactual
-            other = other.rows(rows) if isinstance(other, Batch) else other[rows]
-            yield (
-                rows,
-                AlignedRuns(self.model, self.batch.rows(rows), other, self.objective.rows(rows)),
-            )
+            stop = int(self.batch.last[rows].max()) + 1
+            some = self.counterfactual
+            if isinstance(some, Batch):
+                some = some.rows(rows).positions(0, stop)
+            else:
+                some = some[rows, :stop]
+            batch = self.batch.rows(rows).positions(0, stop)
+            yield rows, AlignedRuns(self.model, batch, some, self.objective.rows(rows))
+
+    @property
+    def stop(self) -> int:
+        """Where the longest of the prompts ends."""
+        return self.batch.tokens.shape[1]
 
     @cached_property
     def start(self) -> int:
         """The first token that differs in any of the prompts: nothing in front of it changes."""
         if isinstance(self.counterfactual, Batch):
-            differ = self.batch.tokens != self.counterfactual.tokens
-        else:
-            differ = (self._embedding(self.batch) != self.counterfactual).any(-1).cpu()
+            return first_change(self.batch, self.counterfactual)
+        differ = (self._embedding(self.batch) != self.counterfactual).any(-1).cpu()
         first = (differ & self.batch.mask).any(0).nonzero().flatten().tolist()
         return min([*first[:1], int(self.batch.last.min())])
 
@@ -205,20 +203,6 @@ class AlignedRuns:
         unembed = self.model.bridge.unembed
         final = normalise(self.model, self.model.bridge.ln_final, end.x, end.scale)
         return final @ unembed.W_U + unembed.b_U
-
-
-def _check_alike(ours: Bool[Tensor, "prompt pos"], theirs: Bool[Tensor, "other otherpos"]) -> None:
-    if ours.shape != theirs.shape:
-        raise ShareError(
-            f"the counterfactuals are {theirs.shape[0]} prompts of up to {theirs.shape[1]} tokens, "
-            f"the prompts {ours.shape[0]} of up to {ours.shape[1]}: both must be alike"
-        )
-    if uneven := (ours != theirs).any(1).nonzero().flatten().tolist():
-        n = uneven[0]
-        raise ShareError(
-            f"prompt {n} has {int(ours[n].sum())} tokens and its counterfactual "
-            f"{int(theirs[n].sum())}: they must have the same number"
-        )
 
 
 @once_per_model

@@ -118,7 +118,7 @@ def edge_shares(
         raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
     for rows, chunk in whole.chunks():
-        total.add_chunk(chunk, row[rows].to(model.device), points)
+        total.add_chunk(chunk, row[rows, : chunk.stop].to(model.device), points)
     return total.finished(exact=points is None)
 
 
@@ -139,8 +139,9 @@ def node_shares(
     pieces, gaps = [], []
     for _, chunk in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
         values = [_node_values(chunk, found) for found in chunk.readers(None)]
-        pieces += [torch.nn.functional.pad(x, (0, 0, chunk.start, 0)) for x in values]
-        embedding = pieces[-1][:, :, 0]
+        around = (0, 0, chunk.start, batch.tokens.shape[1] - chunk.stop)
+        pieces += [torch.nn.functional.pad(x, around) for x in values]
+        embedding = values[-1][:, :, 0]
         size = torch.maximum(embedding.abs().sum(1), chunk.rounding)
         gaps.append(_gap(embedding.sum(1), chunk.difference, size).max())
     _refuse_above(float(torch.stack(gaps).max()), model)

@@ -9,6 +9,7 @@ the bridge has to be switched over and everything that components write collecte
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,13 +37,16 @@ def logit_difference(
 
 
 def embedded(
-    model: Model, tokens: Int[Tensor, "prompt pos"]
+    model: Model, tokens: Int[Tensor, "prompt pos"], start: int = 0
 ) -> Float[Tensor, "prompt pos component d"]:
-    """What the components before the first layer write: embedding and, if learned, position."""
+    """What the components before the first layer write: embedding and, if learned, position.
+
+    `start` is the position of the first of the tokens.
+    """
     words = model.bridge.embed.W_E[tokens]
     if model.rotary:
         return words.unsqueeze(2)
-    places = model.bridge.pos_embed.W_pos[: tokens.shape[1]]
+    places = model.bridge.pos_embed.W_pos[start : start + tokens.shape[1]]
     return torch.stack([words, places.expand_as(words)], dim=2)
 
 
@@ -110,19 +114,21 @@ def project(
     name: str,
     x: Float[Tensor, "prompt pos input d"],
     scale: Float[Tensor, "prompt pos input"],
+    start: int = 0,
 ) -> Float[Tensor, "prompt head pos r"]:
     """Queries or keys as they enter the score, or values ("q", "k", "v"), of every query head.
 
-    From a stream and what its normalisation divides by: one for all heads, or one for each. Values
-    are without their bias, which is part of the output bias.
+    From a stream and what its normalisation divides by: one for all heads, one for each, or one for
+    each group that shares keys and values. Values are without their bias, which is part of the
+    output bias. `start` is the position of the first of the tokens.
     """
     W = projections(model)[name][layer]
-    if x.shape[2] > 1:
+    if x.shape[2] > len(W):
         W = W.repeat_interleave(model.n_heads // len(W), dim=0)
     y = torch.einsum("pthd,hdr->phtr", x, W[:, :-1])
     y = y / scale.transpose(1, 2).unsqueeze(-1) + W[:, None, -1]
     if model.rotary and name != "v":
-        y = rotate(y, *(table[: y.shape[2]] for table in angles(model)))
+        y = rotate(y, *(table[start : start + y.shape[2]] for table in angles(model)))
     return y.repeat_interleave(model.n_heads // len(W), dim=1)
 
 
@@ -144,12 +150,13 @@ def attention_weights(
 def attend(
     model: Model,
     layer: int,
-    q: Float[Tensor, "prompt head pos r"],
-    k: Float[Tensor, "prompt head pos r"],
+    q: Float[Tensor, "prompt head dest r"],
+    k: Float[Tensor, "prompt head src r"],
 ) -> Float[Tensor, "prompt head dest src"]:
-    """softmax_j q_i·k_j / divisor over j ≤ i."""
+    """softmax_j q_i·k_j / divisor over j ≤ i; destinations are the last of the sources."""
     scores = q @ k.mT / model.divisor[layer].to(q)
-    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    past = past.tril(k.shape[2] - q.shape[2])
     return attention_weights(model, scores, past)
 
 
@@ -185,31 +192,40 @@ class Gates:
     pass, old_c is `reference[place]` of the token, g is the gate in its `row`. There are gates of
     the query, key and value of every query head, of every MLP and of the read-out; None: all 1,
     which costs nothing. One row gates pairs of components; one for every role or token, each there.
-    Gates of components that do not come before an input are ignored.
+    Instead of one input for each head there may be one for each group that shares keys and values,
+    or one for all. Gates of components that do not come before an input are ignored.
     """
 
     row: Int[Tensor, "prompt pos"]
     reference: Float[Tensor, "place component d"]
     place: Int[Tensor, "prompt pos"]
-    q: Float[Tensor, "row layer head component"] | None = None
-    k: Float[Tensor, "row layer head component"] | None = None
-    v: Float[Tensor, "row layer head component"] | None = None
+    q: Float[Tensor, "row layer queries component"] | None = None
+    k: Float[Tensor, "row layer keys component"] | None = None
+    v: Float[Tensor, "row layer values component"] | None = None
     mlp: Float[Tensor, "row layer component"] | None = None
     out: Float[Tensor, "row component"] | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A run that was changed, what its streams were divided by, and the logits of IO and S."""
+    """A run that was changed, what its streams were divided by, and the last normalised stream."""
 
     run: Run
     scales: Scales
-    logits: Float[Tensor, "prompt 2"]
+    final: Float[Tensor, "prompt d"]
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "prompt vocab"]:
+        """The logits of all tokens after the last one."""
+        unembed = self.run.model.bridge.unembed
+        return self.final @ unembed.W_U + unembed.b_U
 
     @property
     def difference(self) -> Float[Tensor, "prompt"]:
-        """logit(IO) − logit(S) at the last token."""
-        return self.logits[:, 0] - self.logits[:, 1]
+        """logit(IO) − logit(S). Raises PromptError where the prompts have no names."""
+        answers = self.run.batch.answers("the logit difference").to(self.final.device)
+        io, s = self.logits.gather(1, answers).unbind(1)
+        return io - s
 
 
 class _Stream:
@@ -234,7 +250,7 @@ class _Stream:
             self.old = self.old + old.sum(2)
             self.new.append(parts - old)
 
-    def mixed(self, *gates: Float[Tensor, "row input component"]) -> Tensor:
+    def mixed(self, *gates: Float[Tensor, "row _ component"]) -> Tensor:
         """What inputs read: the old stream, and as much of every gap as the gates let through."""
         assert self.gates is not None
         self.gaps.append(torch.cat(self.new, dim=2))
@@ -260,25 +276,31 @@ def forward(
     removed: Float[Tensor, "prompt pos component d"] | None = None,
     like: Scales | None = None,
     gates: Gates | None = None,
+    front: Run | None = None,
 ) -> Pass:
     """Run the model while something is taken from what components write, or inputs are gated.
 
     Normalisations divide by the scales `like`, if given, instead of their own. What an input reads
     through gates, it alone reads: the stream goes on as the sum of what is written. The run has
-    the scales of that stream. Differentiable with respect to gates. Raises PromptError where the
-    prompts have no names.
+    the scales of that stream. Differentiable with respect to gates.
+    `front`: a run of the tokens in front of those of the batch, from the first one on; heads look
+    at them too.
     """
-    answers = batch.answers("a forward pass").to(model.device)
-    first = embedded(model, batch.tokens.to(model.device))
+    start = 0 if front is None else front.tokens.shape[1]
+    first = embedded(model, batch.tokens.to(model.device), start)
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
     heads, out, kept = "pthd" if gates else "ptd", model.writers, []
     for layer, block in enumerate(model.bridge.blocks):
         scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
         inputs = _inputs(model, stream, layer, scale, like is None)
-        q, k, v = (project(model, layer, name, *inputs[name]) for name in "qkv")
-        pattern = attend(model, layer, q, k)
-        z = pattern @ v
+        q, k, v = (project(model, layer, name, *inputs[name], start) for name in "qkv")
+        keys, values = k, v
+        if front is not None:
+            keys = torch.cat([front.k[layer], k], dim=2)
+            values = torch.cat([front.v[layer], v], dim=2)
+        pattern = attend(model, layer, q, keys)
+        z = pattern @ values
         moved = torch.einsum(f"phtr,hrd->{heads}", z, out.W_O[layer])
         stream.write(moved if gates else moved.unsqueeze(2), model.n_heads)
         stream.write(out.bias[layer].expand_as(stream.x).unsqueeze(2), 1)
@@ -296,8 +318,9 @@ def forward(
     out_scale = norm_scale(model, x) if like is None else like.out
     each = [torch.stack(values) for values in zip(*kept, strict=True)]
     q, k, v, z, pattern, mlp, scale, mlp_scale = each
-    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed)
-    return Pass(run, Scales(scale, mlp_scale, out_scale), read_out(model, x, answers, out_scale))
+    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed, start=start)
+    final = normalise(model, model.bridge.ln_final, x, out_scale)
+    return Pass(run, Scales(scale, mlp_scale, out_scale), final)
 
 
 def _inputs(
@@ -310,6 +333,7 @@ def _inputs(
     if given:
         mixed = stream.mixed(*given.values())
         scales = norm_scale(model, mixed) if own else scale.unsqueeze(2).expand(mixed.shape[:3])
-        parts = zip(*(x.split(model.n_heads, dim=2) for x in (mixed, scales)), strict=True)
+        sizes = [gate.shape[1] for gate in given.values()]
+        parts = zip(*(x.split(sizes, dim=2) for x in (mixed, scales)), strict=True)
         inputs |= dict(zip(given, parts, strict=True))
     return inputs

@@ -74,6 +74,13 @@ class Batch:
             None if self.s is None else self.s[rows],
         )
 
+    def positions(self, start: int, stop: int) -> "Batch":
+        """The tokens from one position to before another; roles count from there."""
+        roles = {role: position - start for role, position in self.roles.items()}
+        labels = [row[start:stop] for row in self.labels]
+        tokens, mask = self.tokens[:, start:stop], self.mask[:, start:stop]
+        return Batch(self.table, tokens, mask, labels, roles, self.io, self.s)
+
 
 def ioi_prompts(
     n: int,

@@ -32,6 +32,7 @@ class Run:
     without the value bias, all of them repeated per query head; `mlp` what MLPs wrote; `scale`
     what each layer's first normalisation divided by. `space` is memory for `outputs`, if given;
     `removed` was taken from what components wrote, where the model ran without a part of it.
+    `start`: how many tokens were in front, whose keys and values are not kept again.
     """
 
     model: Model
@@ -40,11 +41,12 @@ class Run:
     k: Float[Tensor, "layer prompt head pos r"]
     v: Float[Tensor, "layer prompt head pos r"]
     z: Float[Tensor, "layer prompt head pos r"]
-    pattern: Float[Tensor, "layer prompt head dest src"]
+    pattern: Float[Tensor, "layer prompt head pos src"]
     mlp: Float[Tensor, "layer prompt pos d"]
     scale: Float[Tensor, "layer prompt pos"]
     space: Float[Tensor, "some pos component d"] | None = None
     removed: Float[Tensor, "prompt pos component d"] | None = None
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.batch.tokens)
@@ -65,7 +67,8 @@ class Run:
         """The same run, of some of the prompts."""
         parts = {name: getattr(self, name)[:, rows] for name in KEPT}
         removed = None if self.removed is None else self.removed[rows]
-        return Run(self.model, self.batch.rows(rows), **parts, space=space, removed=removed)
+        batch, start = self.batch.rows(rows), self.start
+        return Run(self.model, batch, **parts, space=space, removed=removed, start=start)
 
     def chunks(self) -> Iterator[tuple[slice, "Run"]]:
         """The run in pieces whose outputs fit in memory; each takes the memory of the one before.
@@ -88,7 +91,8 @@ class Run:
         written, (layers, heads) = outputs.movedim(2, 0), (model.n_layers, model.n_heads)
         written[0] = model.bridge.embed.W_E[self.tokens]
         if not model.rotary:
-            written[1] = model.bridge.pos_embed.W_pos[: self.tokens.shape[1]]
+            places = slice(self.start, self.start + self.tokens.shape[1])
+            written[1] = model.bridge.pos_embed.W_pos[places]
         each = written[-layers * (heads + 2) :].unflatten(0, (layers, heads + 2))
         for layer in range(layers):
             rows = self.z[layer].transpose(0, 1).flatten(1, 2)

@@ -71,21 +71,23 @@ def switchboard(
         if not (of == n).any():
             raise PromptError(f"no token of the reference prompts has role {roles[n]!r}")
     if ablation == "mean":
-        ablated, row = _means(model, reference, of, len(roles)), role
+        ablated, row = mean_outputs(model, reference, of, len(roles)), role
     else:
         ablated, row = _drawn(model, reference, of, role, seed)
     return Switchboard(model, batch, roles, role, ablated, row)
 
 
-def _means(
-    model: Model, reference: Batch, role: Int[Tensor, "ref refpos"], roles: int
-) -> Float[Tensor, "role component d"]:
+def mean_outputs(
+    model: Model, reference: Batch, place: Int[Tensor, "ref refpos"], places: int
+) -> Float[Tensor, "place component d"]:
+    """The mean of what components write over the reference tokens of every place; −1 is none."""
     total: Tensor | float = 0.0
-    count = torch.bincount(role[role >= 0], minlength=roles).to(model.dtype)
+    place = place.to(model.device)
+    count = torch.bincount(place[place >= 0], minlength=places).to(model.dtype)
     for rows, part in runs(model, reference, GATED_BYTES):
-        known = role[rows] >= 0
-        zeros = part.outputs.new_zeros(roles, *part.outputs.shape[2:])
-        total = total + zeros.index_add(0, role[rows][known], part.outputs[known])
+        known = place[rows] >= 0
+        zeros = part.outputs.new_zeros(places, *part.outputs.shape[2:])
+        total = total + zeros.index_add(0, place[rows][known], part.outputs[known])
     return total / count[:, None, None]
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.model import Model, head_name
+from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import Run, runs
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
@@ -144,20 +145,21 @@ def check_roots(model: Model, roots: Sequence[Root], settings: Settings) -> None
 
 
 def logit_attribution(
-    run: Run,
+    run: Run, objective: Objective | None = None
 ) -> tuple[Float[Tensor, "prompt component"], Float[Tensor, "prompt"]]:
     """What every component writes itself into logit(IO) − logit(S) at the last token.
 
     x_c·w / s with w the difference of two unembedding columns times the final gain (centred for
     LayerNorm) and s the scale of the final normalisation. The last column is the share of biases,
-    so that rows sum to the logit difference, which is returned too. Source: Wang et al. 2023.
-    Raises PromptError where the prompts have no names.
+    so that rows sum to the logit difference, which is returned too. With an `objective`, w is the
+    sum of its columns times their weights (without the logarithm). Source: Wang et al. 2023.
+    Raises PromptError where no objective is given and the prompts have no names.
     """
-    io, s = run.batch.answers("direct logit attribution").to(run.model.device).T
+    asked = (Objective.of_names(run.batch) if objective is None else objective).to(run.q)
     norm, unembed = run.model.bridge.ln_final, run.model.bridge.unembed
-    columns = unembed.W_U[:, io] - unembed.W_U[:, s]
+    columns = torch.einsum("pk,pkd->dp", asked.weights, unembed.W_U.T[asked.tokens])
     w = (norm.w[:, None] * columns).T
-    constant = unembed.b_U[io] - unembed.b_U[s]
+    constant = torch.linalg.vecdot(asked.weights, unembed.b_U[asked.tokens])
     if not run.model.rms:
         w = w - w.mean(-1, keepdim=True)
         constant = constant + norm.b @ columns
