@@ -33,7 +33,7 @@ FLAT = 1e-3  # of the sizes of its parts: an F that changes by less does not cha
 
 
 @dataclass(frozen=True)
-class Edges:
+class TokenEdges:
     """Edges of some prompts; components numbered as in `AlignedRuns.changes`, tokens from start.
 
     `kind` numbers `INPUTS`. `token` is where `up` writes, `dest` where `down` does. `value` is the
@@ -53,8 +53,8 @@ class Edges:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def __getitem__(self, chosen: Tensor) -> "Edges":
-        return Edges(*(x[chosen] for x in vars(self).values()))
+    def __getitem__(self, chosen: Tensor) -> "TokenEdges":
+        return TokenEdges(*(x[chosen] for x in vars(self).values()))
 
 
 def ranks(group: Int[Tensor, "row"], value: Float[Tensor, "row"]) -> Int[Tensor, "row"]:
@@ -106,7 +106,7 @@ def _differing(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt d"]:
 
 def find_edges(
     runs: AlignedRuns, found: Readers, node: Node | None = None, least: float = 0.0
-) -> Edges:
+) -> TokenEdges:
     """All edges that hang together with the answer by shares of at least `least` of |ΔF|.
 
     From the top: edges into a node are looked for where an edge out of it was found. Prompts whose
@@ -137,14 +137,14 @@ def find_edges(
         inside = number != READ_OUT
         at = nodes.prompt[of][inside], number[inside], nodes.dest[of][inside]
         limit[inside] = strength[at]
-        edges = Edges(
+        edges = TokenEdges(
             prompt[row], up, token, number, nodes.dest[of], inputs.kind[row],
             values[row, up], size[of], torch.minimum(part[row, up], limit),
         )  # fmt: skip
         place = (edges.prompt * strength.shape[1] + up) * strength.shape[2] + token
         strength.view(-1).scatter_reduce_(0, place, edges.strength, "amax")
         pieces.append(edges)
-    return Edges(
+    return TokenEdges(
         *(torch.cat(parts) for parts in zip(*(vars(x).values() for x in pieces), strict=True))
     )
 
@@ -212,7 +212,7 @@ def _check(model: Model, gap: Float[Tensor, "node"], size: Float[Tensor, "node"]
 
 
 def carried(
-    runs: AlignedRuns, found: Readers, edges: Edges, node: Node | None = None
+    runs: AlignedRuns, found: Readers, edges: TokenEdges, node: Node | None = None
 ) -> Float[Tensor, "prompt"]:
     """How much of ΔF comes along ways that lead from tokens to the answer by these edges alone.
 
@@ -225,7 +225,7 @@ def carried(
     change[0] = tokens[0]
     top = model.n_layers if node is None else node.layer + (node.part != "stream")
 
-    def read(mine: Edges, nodes: Tensor) -> Inputs:
+    def read(mine: TokenEdges, nodes: Tensor) -> Inputs:
         rows = change[mine.up, mine.prompt, mine.token]
         return Inputs(nodes, mine.kind, mine.token, rows)
 

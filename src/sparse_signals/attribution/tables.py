@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_signals.attribution.aligned import AlignedRuns, ShareError, changing
 from sparse_signals.attribution.graph import (
     READ_OUT,
-    Edges,
+    TokenEdges,
     carried,
     change_of,
     find_edges,
@@ -137,7 +137,7 @@ def tables_of(
 
 
 def smallest_graph(
-    runs: AlignedRuns, found: Readers, edges: Edges, node: Node | None, part: float
+    runs: AlignedRuns, found: Readers, edges: TokenEdges, node: Node | None, part: float
 ) -> tuple[Bool[Tensor, "edge"], Float[Tensor, "prompt"]]:
     """Which edges are in the smallest graph of each prompt that carries a part of ΔF, and how much.
 
@@ -171,7 +171,10 @@ def _names(model: Model) -> tuple[pd.Series, pd.Series]:
 
 
 def _edge_table(
-    runs: AlignedRuns, edges: Edges, graph: Bool[Tensor, "edge"], whole: Float[Tensor, "prompt"]
+    runs: AlignedRuns,
+    edges: TokenEdges,
+    graph: Bool[Tensor, "edge"],
+    whole: Float[Tensor, "prompt"],
 ) -> pd.DataFrame:
     names, heights = _names(runs.model)
     parts = {name: x.cpu().numpy() for name, x in vars(edges).items()}
@@ -236,7 +239,7 @@ def _path_table(
 
 
 def _comparison_table(
-    runs: AlignedRuns, found: Readers, edges: Edges, whole: Float[Tensor, "prompt"]
+    runs: AlignedRuns, found: Readers, edges: TokenEdges, whole: Float[Tensor, "prompt"]
 ) -> pd.DataFrame:
     """What heads of a graph compare, where its edges lead into their queries and keys."""
     model, comparing = runs.model, edges[(edges.kind < CHANNELS.index("value"))]
