@@ -15,7 +15,7 @@ from sparse_signals.attribution.graph import carried, change_of, find_edges, ran
 from sparse_signals.attribution.inputs import INPUTS, Heads
 from sparse_signals.attribution.paths import find_paths
 from sparse_signals.attribution.shares import edge_shares, node_shares
-from sparse_signals.attribution.signals import compare, difference_slices
+from sparse_signals.attribution.signals import compare_scores, difference_slices
 from sparse_signals.attribution.tables import AnswerSettings, Asked, _names, node_of
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
@@ -145,14 +145,14 @@ def test_the_beam_keeps_the_largest(runs):
 
 
 def test_comparisons_are_what_queries_and_keys_carry(runs, monkeypatch):
-    monkeypatch.setattr(module, "STRONGEST", 99)
+    monkeypatch.setattr(module, "SOURCES", 99)
     found = next(runs.readers())
     edges = find_edges(runs, found)
     first, heads = 1 + (runs.model.n_heads + 1), runs.model.n_heads  # layer 1
     mine = edges[(edges.down >= first) & (edges.down < first + heads) & (edges.kind < 2)]
     columns = torch.stack([mine.down, mine.prompt, mine.dest]).unique(dim=1)
     nodes = Heads(1, columns[1], columns[0] - first, columns[2])
-    table = compare(runs, found, [nodes])
+    table = compare_scores(runs, found, [nodes])
     assert len(table) > 100
     src = torch.tensor(table["src"].to_numpy())
     row = [table[name].to_numpy() for name in ("prompt", "head", "dest")]

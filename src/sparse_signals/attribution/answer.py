@@ -21,7 +21,7 @@ from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.stats import DRAWS, bounds, resample
 
-KEY = ["upstream", "role", "channel", "downstream", "dest_role"]
+EDGE_KEY = ["upstream", "role", "channel", "downstream", "dest_role"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AnswerTrace:
     have at least `AnswerSettings.least`), up_layer and down_layer (heights in a chart).
     tokens: prompt, pos, token, counterfactual, value, share: what the embedding of a token has.
     paths: prompt, path (number), value, share, length, text: the largest, from token to answer.
-    comparisons: what heads in the graph compare, see `signals.compare`, with share.
+    comparisons: what heads in the graph compare, see `signals.compare_scores`, with share.
     """
 
     model: Model
@@ -74,9 +74,9 @@ class AnswerTrace:
             role=roles[self.edges["prompt"], self.edges["token"]],
             dest_role=roles[self.edges["prompt"], self.edges["dest"]],
         )
-        groups = edges.groupby(KEY, sort=False)
+        groups = edges.groupby(EDGE_KEY, sort=False)
         table = groups.agg(up_layer=("up_layer", "first"), down_layer=("down_layer", "first"))
-        here = edges[edges["graph"]].groupby(KEY, sort=False)["prompt"].nunique()
+        here = edges[edges["graph"]].groupby(EDGE_KEY, sort=False)["prompt"].nunique()
         table["prompts"] = here.reindex(table.index).fillna(0).astype(int)
         table["of"] = len(self.prompts)
         number = groups.ngroup().to_numpy()

@@ -26,9 +26,9 @@ EMBEDDING = 0
 class Ways:
     """Ways from the answer down to what a component wrote at a token, one step longer each time.
 
-    Components and tokens are numbered as in `graph.TokenEdges`; `kind` is the input that the last step
-    came in by, `before` the way without that step (−1: the answer itself), `value` the share of all
-    paths that go on from here, in units of F, and `heard` what F hears of the component along it.
+    Numbered as in `graph.TokenEdges`; `kind` is the input that the last step came in by, `before`
+    the way without that step (−1: the answer itself), `value` the share of all paths that go on
+    from here, in units of F, and `heard` what F hears of the component along it.
     """
 
     prompt: Int[Tensor, "way"]

@@ -21,7 +21,7 @@ from sparse_signals.attribution.graph import (
 from sparse_signals.attribution.inputs import Heads
 from sparse_signals.attribution.paths import Ways, find_paths
 from sparse_signals.attribution.readers import Node, Readers
-from sparse_signals.attribution.signals import compare
+from sparse_signals.attribution.signals import compare_scores
 from sparse_signals.core.model import Model
 from sparse_signals.tracing.roots import position_of
 
@@ -241,7 +241,7 @@ def _path_table(
 def _comparison_table(
     runs: AlignedRuns, found: Readers, edges: TokenEdges, whole: Float[Tensor, "prompt"]
 ) -> pd.DataFrame:
-    """What heads of a graph compare, where its edges lead into their queries and keys."""
+    """What heads of a graph compare_scores, where its edges lead into their queries and keys."""
     model, comparing = runs.model, edges[(edges.kind < CHANNELS.index("value"))]
     columns = torch.stack([comparing.down, comparing.prompt, comparing.dest]).unique(dim=1)
     nodes = []
@@ -252,6 +252,6 @@ def _comparison_table(
         ]
         if len(down):
             nodes.append(Heads(layer, prompt, down - first, dest))
-    table = compare(runs, found, nodes)
+    table = compare_scores(runs, found, nodes)
     share = table["value"] / whole.cpu().numpy()[table["prompt"]]
     return table.assign(share=share)
