@@ -241,7 +241,7 @@ def _path_table(
 def _comparison_table(
     runs: AlignedRuns, found: Readers, edges: TokenEdges, whole: Float[Tensor, "prompt"]
 ) -> pd.DataFrame:
-    """What heads of a graph compare_scores, where its edges lead into their queries and keys."""
+    """What heads of a graph compare, where its edges lead into their queries and keys."""
     model, comparing = runs.model, edges[(edges.kind < CHANNELS.index("value"))]
     columns = torch.stack([comparing.down, comparing.prompt, comparing.dest]).unique(dim=1)
     nodes = []
