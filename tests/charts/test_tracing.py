@@ -177,7 +177,7 @@ def test_labels_are_words_where_they_fit():
 
 def test_slider_opens_at_about_forty_edges():
     edges, chart = circuit(600)
-    prune = graph.default_prune(100 * edges["prompts"] / edges["of"])
+    prune = graph.default_prune(100 * edges["prompts"] / edges["of"], graph.Slider("%"))
     svg = with_values(chart)
     kept = edges[100 * edges["prompts"] / edges["of"] >= prune]
     assert 30 <= len(kept) <= 50
@@ -191,7 +191,7 @@ def test_slider_opens_at_about_forty_edges():
     ([100.0] * 500, 0),
 ])  # fmt: skip
 def test_default_prune_leaves_about_forty(percents, least):
-    assert graph.default_prune(pd.Series(percents)) == least
+    assert graph.default_prune(pd.Series(percents), graph.Slider("%")) == least
 
 
 def test_title_names_the_most_frequent_edge_and_the_description_says_all():

@@ -17,6 +17,7 @@ from sparse_signals.charts.style import (
     finish,
     menu,
 )
+from sparse_signals.core.numbers import percent
 
 EDGES_SHOWN = 40  # about as many edges as can be followed by eye
 NODE = "#596270"  # white letters are legible on it, and it stands out on white and on black
@@ -31,6 +32,9 @@ NOTHING = (
     "window:keydown[event.key === 'Escape']"
 )
 QUIET = "!(hover.node || pinned.node || chosen)"  # Vega expression: no node is active
+SIGN = "⊖ marks an edge that works against the answer."
+MINUS = "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0M-0.6,0L0.6,0"  # the path of that mark
+ANSWER_NODE = "answer"
 HOW = (
     "Edges run upwards, from the component that writes to the head that reads. Point at a node "
     "to see its edges, click to pin it (with Shift: several), Escape unpins."
@@ -66,6 +70,34 @@ class Layout:
     width: int
     height: int
     brief: bool
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Kinds of edges: what tells them apart, and what the thickness of an edge means.
+
+    `dashes`: kinds as in the column `field`, in the order of the colours. `right`: those that bend
+    to the right within a column. `size`: the column of the thickness, `measure` its name. `told`
+    says all this in words. `about`: what is shown at the pointer beside the kind.
+    """
+
+    field: str
+    title: str
+    dashes: dict[str, list[int]]
+    right: tuple[str, ...]
+    size: str
+    measure: str
+    told: str
+    about: tuple[alt.Tooltip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Prunes edges by the column percent: what it is a percentage of, and the steps up to most."""
+
+    unit: str
+    step: int | float = 1
+    most: int | float = 100
 
 
 def lay_out(nodes: pd.DataFrame, columns: list[str]) -> Layout:
@@ -143,41 +175,75 @@ def _bands(nodes: pd.DataFrame) -> tuple[dict[float, int], int]:
 def draw(
     table: pd.DataFrame,
     columns: list[str],
-    units: tuple[str, str],
+    column: str,
+    kinds: Kinds,
+    slider: Slider,
     tips: list[alt.Tooltip],
     title: str,
 ) -> alt.TopLevelMixin:
     """The graph of edges, its controls, title and description.
 
-    `table`: upstream, downstream, writer and reader (names of nodes), at and dest (their columns),
-    up_layer, down_layer, side, source, percent (what the slider prunes by), share (thickness),
-    lane, and what `tips` shows. `units` says what a column is, and what percent is.
+    `table` is of `named_nodes`, with the columns of `kinds` and what `tips` shows; an edge with a
+    negative share is marked. `column` says what a column is.
     """
     nodes = _nodes(table)
     layout = lay_out(nodes, columns)
-    shown = [tip.shorthand.split(":")[0] for tip in tips]
-    kept = ["writer", "reader", "side", "source", "percent", "share", "lane", *shown]
+    about, shown = (
+        [tip.shorthand.split(":")[0] for tip in part] for part in (kinds.about, tips)
+    )
+    ends = ["writer", "reader", kinds.field, *about]
+    kept = [*ends, "percent", kinds.size, "share", "lane", *shown]
     data = table[distinct(kept)]
-    axes = _axes(layout, units[0])
-    lines = _lines(_curves(data, layout), axes, tips)
+    signed = bool((table["share"] < 0).any())
+    axes = _axes(layout, column)
+    bent = _bent(data, layout, kinds)
+    lines = _lines(_curves(bent), axes, kinds, tips)
+    signs = [_minus_signs(bent, axes, kinds)] if signed else []
     boxes = _boxes(_touched(data, layout), axes)
-    chart = alt.layer(lines, *boxes, *_top_names(layout, axes))
-    chart = chart.add_params(*_controls(nodes, default_prune(table["percent"]), units[1]))
+    chart = alt.layer(lines, *signs, *boxes, *_top_names(layout, axes))
+    chart = chart.add_params(*_controls(nodes, default_prune(table["percent"], slider), slider))
     description = (
-        f"A graph of {len(nodes)} nodes and {len(table)} edges. Columns: {units[0]}; rows: layer, "
-        "the lowest first. A node is a component at a token and carries its name. Colour and "
-        "dashes tell on which side of the score an edge works; its thickness is its share of that "
-        f"side. A slider prunes edges by {units[1]}, a menu chooses a node. {title}."
+        f"A graph of {len(nodes)} nodes and {len(table)} edges. Columns: {column}; rows: layer, "
+        f"the lowest first. A node is a component at a token and carries its name. {kinds.told} "
+        f"A slider prunes edges by {slider.unit}, a menu chooses a node. {title}."
     )
     chart = chart.properties(width=layout.width, height=layout.height)
-    return finish(chart, title, description, f"{HOW} {LETTER_KEY}" if layout.brief else HOW)
+    how = [HOW, *[SIGN] * signed, *[LETTER_KEY] * layout.brief]
+    return finish(chart, title, description, " ".join(how))
 
 
-def default_prune(percents: pd.Series) -> int:
-    """The whole percentage that leaves about 40 edges; all of them when there are hardly more."""
+def named_nodes(
+    edges: pd.DataFrame, at: pd.Series, dest: pd.Series, percents: pd.Series
+) -> pd.DataFrame:
+    """Edges as `draw` takes them: upstream at `at` writes to downstream at `dest`.
+
+    More columns: at, dest, writer and reader (names of nodes), percent (what the slider prunes by),
+    lane (numbers the edges between the same two nodes). Raises ValueError when there are no edges.
+    """
+    if not len(edges):
+        raise ValueError("there are no edges to draw")
+    names = {name: edges[name].astype(str) for name in ("upstream", "downstream")}
+    table = edges.assign(**names, at=at, dest=dest, percent=percents)
+    table = table.assign(
+        writer=table["upstream"] + " at " + table["at"],
+        reader=table["downstream"] + " at " + table["dest"],
+    )
+    return table.assign(lane=table.groupby(["writer", "reader"]).cumcount()).reset_index(drop=True)
+
+
+def largest_edge(table: pd.DataFrame, share: pd.Series) -> str:
+    """The edge of the largest share in words, with this share."""
+    place = share.argmax()
+    edge = table.iloc[place]
+    return f"{edge['writer']} → {edge['reader']} ({percent(share.iloc[place])})"
+
+
+def default_prune(percents: pd.Series, slider: Slider) -> int | float:
+    """The step of the slider that leaves about 40 edges; all of them when there are hardly more."""
     if len(percents) <= EDGES_SHOWN * 1.25:
-        return int(percents.min())  # one step more drops the weakest
-    kept = {least: int((percents >= least).sum()) for least in range(101)}
+        return slider.step * int(percents.min() / slider.step)  # one step more drops the weakest
+    steps = [slider.step * n for n in range(round(slider.most / slider.step) + 1)]
+    kept = {least: int((percents >= least).sum()) for least in steps}
     shown = [least for least in kept if kept[least]]
     return min(shown, key=lambda least: abs(kept[least] - EDGES_SHOWN))
 
@@ -202,19 +268,22 @@ def _selections() -> list[alt.Parameter]:
     ]
 
 
-def _controls(nodes: pd.DataFrame, prune: int, unit: str) -> list[alt.Parameter]:
+def _controls(nodes: pd.DataFrame, prune: int | float, slider: Slider) -> list[alt.Parameter]:
     """The slider that prunes, and the menu of nodes for readers without a mouse."""
     names = nodes.sort_values(["layer", "component", "column"])["node"].tolist()
-    slider = alt.binding_range(min=0, max=100, step=1, name=f"Edges of at least this {unit} ")
+    name = f"Edges of at least this {slider.unit} "
+    bind = alt.binding_range(min=0, max=slider.most, step=slider.step, name=name)
     return [
-        alt.param(name="prune", value=prune, bind=slider),
+        alt.param(name="prune", value=prune, bind=bind),
         menu("chosen", {None: "none"} | {name: name for name in names}, "Edges of node"),
     ]
 
 
 def _axes(layout: Layout, title: str) -> Axes:
     """Properties of both position channels: scales in pixels, names at the places of the layout."""
+    answers = layout.nodes.loc[layout.nodes["component"] == ANSWER_NODE, "layer"].tolist()
     layers = {at: _layer_name(layer) for layer, at in layout.bands.items()}
+    layers |= {layout.bands[layer]: ANSWER_NODE for layer in answers}
     columns = {at: name for name, at in layout.columns.items()}
     x = alt.Axis(values=list(columns), labelExpr=_name_at(columns), labelOverlap=False, grid=False)
     x = alt.Axis(**x.to_dict(), labelAngle=-50) if _crowded(layout) else x
@@ -263,48 +332,75 @@ def _visible_edges(data: pd.DataFrame) -> alt.Chart:
     return alt.Chart(data).transform_filter("datum.percent >= prune").transform_calculate(lit=lit)
 
 
-def _curves(data: pd.DataFrame, layout: Layout) -> alt.Chart:
-    """Four control points for each edge; within a column it bends to the side of its kind."""
+def _bent(data: pd.DataFrame, layout: Layout, kinds: Kinds) -> alt.Chart:
+    """Both ends of each edge, and how far it bends: in a column, to the side of its kind."""
     places = alt.LookupData(
         layout.nodes[["node", "x", "y", "column"]], "node", ["x", "y", "column"]
     )
     bend = "(min(24, 8 + (datum.y1 - datum.y0) / 10) + 6 * datum.lane)"
+    right = " || ".join(f"datum.{kinds.field} === '{kind}'" for kind in kinds.right)
     return (
         _visible_edges(data)
         .transform_lookup("writer", places, as_=["x0", "y0", "column0"])
         .transform_lookup("reader", places, as_=["x1", "y1", "column1"])
         .transform_calculate(
             bend="datum.column0 !== datum.column1 ? 6 * datum.lane : "
-            f"datum.side === 'source' ? {bend} : -{bend}"
+            f"{right} ? {bend} : -{bend}"
         )
-        .transform_calculate(
-            i="[0, 1, 2, 3]",
-            px="[datum.x0, datum.x0 + datum.bend, datum.x1 + datum.bend, datum.x1]",
-            py=f"[datum.y0 + {HALF}, (3 * datum.y0 + datum.y1) / 4, "
-            f"(datum.y0 + 3 * datum.y1) / 4, datum.y1 - {HALF}]",
-        )
-        .transform_flatten(["i", "px", "py"])
     )
 
 
-def _lines(curves: alt.Chart, axes: Axes, tips: list[alt.Tooltip]) -> alt.Chart:
-    """The edges: colour and dashes for the side, thickness for the share of the score."""
-    colour = alt.Scale(domain=["destination", "source"], range=COLOURS[:2])
-    dash = alt.Scale(domain=["destination", "source"], range=[[1, 0], [5, 3]])
+def _curves(bent: alt.Chart) -> alt.Chart:
+    """Four control points for each edge."""
+    return bent.transform_calculate(
+        i="[0, 1, 2, 3]",
+        px="[datum.x0, datum.x0 + datum.bend, datum.x1 + datum.bend, datum.x1]",
+        py=f"[datum.y0 + {HALF}, (3 * datum.y0 + datum.y1) / 4, "
+        f"(datum.y0 + 3 * datum.y1) / 4, datum.y1 - {HALF}]",
+    ).transform_flatten(["i", "px", "py"])
+
+
+def _kind_colour(kinds: Kinds, legend: alt.Legend | None) -> alt.Color:
+    scale = alt.Scale(domain=list(kinds.dashes), range=COLOURS[: len(kinds.dashes)])
+    return alt.Color(f"{kinds.field}:N", scale=scale, title=kinds.title, legend=legend)
+
+
+def _lines(curves: alt.Chart, axes: Axes, kinds: Kinds, tips: list[alt.Tooltip]) -> alt.Chart:
+    """The edges: colour and dashes for the kind, thickness for the size."""
+    dash = alt.Scale(domain=list(kinds.dashes), range=list(kinds.dashes.values()))
     width = alt.Scale(type="linear", domainMin=0, range=[0.6, 4])
     legend = alt.Legend(orient="top", symbolType="stroke", symbolSize=400)
     share = alt.Legend(**legend.to_dict(), format=".0%", tickCount=3)
-    first = ["writer:N", "reader:N", "side:N", alt.Tooltip("source:N", title="attends to")]
+    field = f"{kinds.field}:N"
     return curves.mark_line(interpolate="basis", aria=False).encode(
         alt.X("px:Q", **axes[0]),
         alt.Y("py:Q", **axes[1]),
         alt.Order("i:Q"),
-        alt.Color("side:N", scale=colour, title="writes at the", legend=legend),
-        alt.StrokeDash("side:N", scale=dash, title="writes at the", legend=legend),
-        alt.StrokeWidth("share:Q", scale=width, title="share of the score", legend=share),
+        _kind_colour(kinds, legend),
+        alt.StrokeDash(field, scale=dash, title=kinds.title, legend=legend),
+        alt.StrokeWidth(f"{kinds.size}:Q", scale=width, title=kinds.measure, legend=share),
         detail=["writer:N", "reader:N", "lane:Q"],
-        opacity=alt.condition(f"datum.lit || {QUIET}", alt.value(0.85), alt.value(FAINT)),
-        tooltip=[*first, *tips],
+        opacity=_opacity(),
+        tooltip=["writer:N", "reader:N", field, *kinds.about, *tips],
+    )
+
+
+def _opacity() -> Any:
+    return alt.condition(f"datum.lit || {QUIET}", alt.value(0.85), alt.value(FAINT))
+
+
+def _minus_signs(bent: alt.Chart, axes: Axes, kinds: Kinds) -> alt.Chart:
+    """A sign on the middle of each edge whose share is negative."""
+    middle = bent.transform_filter("datum.share < 0").transform_calculate(
+        mx="(datum.x0 + datum.x1) / 2 + 23 / 24 * datum.bend",  # of a uniform cubic B-spline
+        my="(datum.y0 + datum.y1) / 2",
+    )
+    mark = middle.mark_point(shape=MINUS, size=26, fill="white", strokeWidth=1.3, aria=False)
+    return mark.encode(
+        alt.X("mx:Q", **axes[0]),
+        alt.Y("my:Q", **axes[1]),
+        stroke=alt.Stroke(**_kind_colour(kinds, None).to_dict()),
+        opacity=_opacity(),
     )
 
 

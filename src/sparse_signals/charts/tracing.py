@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.graph import draw
+from sparse_signals.charts.graph import Kinds, Slider, draw, largest_edge, named_nodes
 from sparse_signals.charts.style import (
     SIDE_WORDS,
     WIDTH,
@@ -27,6 +27,17 @@ ORDER = (
     "S2-1", "S2", "S2+1", "end-1", "end",
 )  # fmt: skip
 SHARE = alt.Tooltip("share:Q", format=".0%", title="share of its side of the score")
+SIDE_KINDS = Kinds(
+    "side",
+    "writes at the",
+    {"destination": [1, 0], "source": [5, 3]},
+    ("source",),
+    "share",
+    "share of the score",
+    "Colour and dashes tell on which side of the score an edge works; its thickness is its share "
+    "of that side.",
+    (alt.Tooltip("source:N", title="attends to"),),
+)
 
 
 def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLevelMixin:
@@ -246,16 +257,18 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
         SHARE,
     ]
     common, of = int(table["percent"].ge(50).sum()), edges["of"].max()
+    best = largest_edge(table, table["percent"] / 100 if of > 1 else table["share"])
     title = (
         f"Of {len(table)} edges traced in {of} prompts, {common} {'is' if common == 1 else 'are'} "
-        f"in at least half of them; most often, {_named(table, 'percent')}"
+        f"in at least half of them; most often, {best}"
         if of > 1
-        else f"Traced in one prompt: {len(table)} edges, the largest share {_named(table, 'share')}"
+        else f"Traced in one prompt: {len(table)} edges, the largest share {best}"
     )
     found = distinct([*table["at"], *table["dest"]])
     known = [name for name in order if name in found]
     columns = [name for name in found if name not in known] + known
-    return draw(table, columns, ("role of the token", "% of prompts"), tips, title)
+    slider = Slider("% of prompts")
+    return draw(table, columns, "role of the token", SIDE_KINDS, slider, tips, title)
 
 
 def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixin:
@@ -271,9 +284,11 @@ def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixi
     tips = [*tooltips("weight", form=".3g"), SHARE]
     title = (
         f"The trace of this prompt has {len(table)} edges; the largest share of one side of a "
-        f"score, {_named(table, 'share')}"
+        f"score, {largest_edge(table, table['share'])}"
     )
-    return draw(table, names, ("token", "% of its side of the score"), tips, title)
+    return draw(
+        table, names, "token", SIDE_KINDS, Slider("% of its side of the score"), tips, title
+    )
 
 
 def named_edges(edges: pd.DataFrame) -> pd.DataFrame:
@@ -290,20 +305,5 @@ def named_edges(edges: pd.DataFrame) -> pd.DataFrame:
 def _named_ends(
     edges: pd.DataFrame, at: pd.Series, dest: pd.Series, source: pd.Series, percents: pd.Series
 ) -> pd.DataFrame:
-    if not len(edges):
-        raise ValueError("there are no edges to draw")
-    names = {name: edges[name].astype(str) for name in ("upstream", "downstream", "side")}
-    table = edges.assign(**names, at=at, dest=dest, source=source, percent=percents)
-    table = table.assign(
-        writer=table["upstream"] + " at " + table["at"],
-        reader=table["downstream"] + " at " + table["dest"],
-        side=table["side"].map(SIDE_WORDS),
-    )
-    return table.assign(lane=table.groupby(["writer", "reader"]).cumcount()).reset_index(drop=True)
-
-
-def _named(table: pd.DataFrame, by: str) -> str:
-    """The largest edge in words, with its percentage."""
-    edge = table.iloc[table[by].argmax()]
-    share = edge[by] / 100 if by == "percent" else edge[by]
-    return f"{edge['writer']} → {edge['reader']} ({percent(share)})"
+    table = named_nodes(edges, at, dest, percents)
+    return table.assign(source=source.to_numpy(), side=table["side"].astype(str).map(SIDE_WORDS))
