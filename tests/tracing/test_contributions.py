@@ -266,9 +266,7 @@ def test_attention_weights_are_what_the_softmax_loses(parts):
     assert seen > 20
 
 
-def test_attention_weights_do_not_depend_on_how_many_firings_are_opened_at_once(
-    parts, monkeypatch
-):
+def test_attention_weights_do_not_depend_on_how_many_firings_are_opened_at_once(parts, monkeypatch):
     settings = Settings(weighting="attention")
     whole = contributions(*parts, settings).values
     monkeypatch.setattr("sparse_signals.tracing.contributions.ENTRIES", 1)

@@ -119,6 +119,7 @@ class Outputs:
     """
 
     def __init__(self, run: Run) -> None:
+        """Nothing is known yet."""
         self.run, self.used = run, 0
         self.slot = torch.full_like(run.tokens, -1)
         self.depth = torch.full_like(run.tokens, -1)

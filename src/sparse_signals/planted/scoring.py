@@ -90,7 +90,9 @@ def shares(case: PlantedRun, method: str, seed: int = 0) -> Contributions:
         return contributions(case.run, case.pairs)
     weighting = {"published": "published", "loudest": "norm"}.get(method, "exact")
     turn = seed if method == "random basis" else None
-    parts = contributions(case.run, case.pairs, Settings(fraction=1.0, weighting=weighting, turn=turn))
+    parts = contributions(
+        case.run, case.pairs, Settings(fraction=1.0, weighting=weighting, turn=turn)
+    )
     if method == "exact, heads only":
         return replace(parts, values=parts.values * case.run.model.is_head)
     if method == "dice":

@@ -87,9 +87,7 @@ def overlap(ours: pd.DataFrame, theirs: pd.DataFrame, prompts: int) -> Float[np.
     return np.divide(shared, either, out=np.full(prompts, np.nan), where=either > 0)
 
 
-def sensitivity(
-    run: Run, roots: Sequence[Root], base: Settings = Settings()
-) -> pd.DataFrame:
+def sensitivity(run: Run, roots: Sequence[Root], base: Settings = Settings()) -> pd.DataFrame:
     """How the edges of a trace change with each setting, the others as in `base`.
 
     One row per setting and value: overlap with the trace of `base` (mean over prompts, low, high)
