@@ -255,10 +255,11 @@ def _add_trace_settings(trace: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weighting",
-        choices=("exact", "attention", "published"),
+        choices=("exact", "attention", "answer", "published"),
         default=argparse.SUPPRESS,
         help="shares of the score over all components (default: exact), how much attention falls "
-        "without each of them, or the paper's weights, heads only",
+        "without each of them, exact shares times what the answer hears of the score (for prompts "
+        "with two names), or the paper's weights, heads only",
     )
 
 

@@ -31,7 +31,7 @@ from sparse_signals.signals.slices import (
 )
 
 SIDES = ("dest", "src")
-WEIGHTINGS = ("exact", "attention", "published", "norm")
+WEIGHTINGS = ("exact", "attention", "answer", "published", "norm")
 ENTRIES = 2**24  # of the scores of rows without each component, at once
 
 
@@ -45,8 +45,10 @@ class Settings:
     what filtering by a support does along directions that mean nothing.
     share: a side keeps its largest contributions until their sum exceeds this share of the total.
     weighting: "exact" (all components, shares of the score in softmax units), "attention" (all
-    components, by how much the attention weight falls without them), "published" (heads only, √σ
-    weights, unscaled), or "norm" (heads by the length of their output: a baseline).
+    components, by how much the attention weight falls without them), "answer" (kept as by "exact",
+    then times ∂F/∂a_ij, F = logit(IO) − logit(S): what the answer hears of the contribution),
+    "published" (heads only, √σ weights, unscaled), or "norm" (heads by the length of their output:
+    a baseline).
     bias_per_head: a quirk of the released code, the bias row added to every upstream head.
 
     >>> Settings().share, Settings.published().weighting
@@ -321,7 +323,7 @@ def _counted(model: Model, pairs: Pairs, weighting: str) -> Bool[Tensor, "pair c
     """Which components are upstream of each pair's head, and counted by the weighting."""
     layer = torch.tensor(model.components["layer"].tolist(), device=pairs.layer.device)
     upstream = layer < pairs.layer[:, None]
-    if weighting in ("exact", "attention"):
+    if weighting in ("exact", "attention", "answer"):
         return upstream
     return upstream & model.is_head
 

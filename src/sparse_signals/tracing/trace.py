@@ -23,6 +23,7 @@ from sparse_signals.core.resume import chunked, run_key
 from sparse_signals.core.run import Outputs, Run, fitting_rows, run
 from sparse_signals.core.stats import DRAWS
 from sparse_signals.signals.firings import Pairs, find_firings
+from sparse_signals.tracing.answer import score_gradients
 from sparse_signals.tracing.circuit import Circuit, Quirks, pool
 from sparse_signals.tracing.contributions import (
     SIDES,
@@ -53,10 +54,10 @@ class Trace:
 
     firings: firing (number), prompt, layer, head, name, dest, src, attention, score, root,
     visits (paths that lead to it from the roots), vectors (the singular pairs in the support) and,
-    for the exact weighting, error (relative, of the sum of contributions).
+    where edges are kept by exact contributions, error (relative, of their sum).
     edges: firing, prompt, upstream (component), kind (of upstream), downstream (head), layer, head,
-    side, dest, src, token (where upstream writes), weight (contribution), share (of its side),
-    visits, up_layer and down_layer (heights in a chart).
+    side, dest, src, token (where upstream writes), weight (as `Settings.weighting` says), share (of
+    the contributions to its side), visits, up_layer and down_layer (heights in a chart).
     """
 
     model: Model
@@ -182,7 +183,12 @@ def trace_chunk(
         check_sums(run.model, exact.discrepancy(), "contributions")
         return parts
 
-    return follow(run, pairs, opened, starts(run, pairs, roots), settings, first_prompt)
+    firings, edges = follow(run, pairs, opened, starts(run, pairs, roots), settings, first_prompt)
+    if settings.weighting == "answer":
+        heard = score_gradients(run.model, run.batch).cpu().numpy()
+        place = edges[["layer", "prompt", "head", "dest", "src"]].to_numpy()
+        edges["weight"] *= heard[tuple((place - [0, first_prompt, 0, 0, 0]).T)]
+    return firings, edges
 
 
 def check_attention(run: Run) -> None:
@@ -243,7 +249,7 @@ def follow(
     firings["prompt"] += first_prompt
     firings["root"] = start[reached].cpu().numpy() > 0
     firings["visits"] = visits[reached].cpu().numpy()
-    if settings.weighting == "exact":
+    if settings.weighting in ("exact", "answer"):
         firings["error"] = parts.error().cpu().numpy()
     firings["vectors"] = pd.Series(index_lists(parts.support), firings.index)
     firings.insert(0, "firing", range(len(firings)))
