@@ -49,9 +49,7 @@ def test_gradients_do_not_depend_on_the_pieces(tiny_gpt2, monkeypatch):
 
 
 def test_prompts_without_names_have_no_answer(tiny_gpt2, batch):
-    with pytest.raises(
-        PromptError, match="gradient of the answer needs prompts with two"
-    ):
+    with pytest.raises(PromptError, match="gradient of the answer needs prompts with two"):
         score_gradients(tiny_gpt2, batch)
 
 

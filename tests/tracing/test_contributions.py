@@ -269,5 +269,5 @@ def test_attention_weights_are_what_the_softmax_loses(parts):
 def test_attention_weights_do_not_depend_on_how_many_firings_are_opened_at_once(parts, monkeypatch):
     settings = Settings(weighting="attention")
     whole = contributions(*parts, settings).values
-    monkeypatch.setattr("sparse_signals.tracing.contributions.ENTRIES", 1)
+    monkeypatch.setattr("sparse_signals.tracing.contributions.REMOVALS", 1)
     torch.testing.assert_close(contributions(*parts, settings).values, whole)

@@ -32,7 +32,7 @@ from sparse_signals.signals.slices import (
 
 SIDES = ("dest", "src")
 WEIGHTINGS = ("exact", "attention", "answer", "published", "norm")
-ENTRIES = 2**24  # of the scores of rows without each component, at once
+REMOVALS = 2**24  # of the scores of rows without each component, at once
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _lost_attention(
     c at j only a_ij falls, and the odds A/(1 − A) by the factor e^part.
     """
     each = len(run.model.components) * max(run.k.shape[-2], run.model.d_model)
-    pieces = torch.arange(len(pairs), device=parts.device).split(max(1, ENTRIES // each))
+    pieces = torch.arange(len(pairs), device=parts.device).split(max(1, REMOVALS // each))
     return torch.cat([_lost_rows(run, pairs[rows], parts[rows], outputs) for rows in pieces])
 
 
