@@ -333,13 +333,13 @@ def test_trace_writes_all_files_and_they_agree(said, out, ioi):
     assert code == 0
     files = ["circuit.graphml", "circuit.html", "circuit.json", "circuit.parquet", "edges.parquet"]
     assert sorted(path.name for path in out.iterdir()) == files
-    roots = strongest_roots(ioi.model, ioi.batch, 2, Settings(share=0.6))
+    roots = strongest_roots(ioi.model, ioi.batch, 2, each=True)
     traced = trace(ioi, roots, share=0.6)
     facts = {
         "model": "gpt2-ioi",
         "prompts": "8 on IOI, seed 3",
         "roots": ", ".join(map(str, roots)),
-        "settings": "level 0.5, fraction 1.0, share 0.6, weighting exact, dtype float32",
+        "settings": "level 0.5, fraction all, share 0.6, weighting exact, dtype float32",
     }
     expected = Circuit(pool(traced.edges, ioi.batch, draws=DRAWS), facts)
     for suffix in FORMATS[:3]:
@@ -351,6 +351,27 @@ def test_trace_writes_all_files_and_they_agree(said, out, ioi):
     assert f"{len(traced.edges):,} edges" in output and "worst error of the sums" in output
     assert re.search(rf"strongest edges:\n.*\n *{first.upstream} .* {first.downstream} ", output)
     assert len(output.split("strongest edges:\n")[1].splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--preset published", "level 0.5, fraction 1.0, share 0.7, weighting published"),
+        ("--preset published --share 0.6 --fraction all --weighting exact",
+         "level 0.5, fraction all, share 0.6, weighting exact"),
+        ("--weighting attention --level auto",
+         "level auto, fraction all, share 0.7, weighting attention"),
+    ],
+)  # fmt: skip
+def test_settings_stand_beside_the_preset_and_pooled_roots_are_the_same(
+    said, out, ioi, options, settings
+):
+    assert said(f"trace --ioi 8 --seed 3 --top 2 --pooled --quiet {options}")[0] == 0
+    facts = read_circuit(out / "circuit.json").facts
+    assert facts["settings"] == f"{settings}, dtype float32"
+    level = None if "auto" in options else 0.5
+    roots = strongest_roots(ioi.model, ioi.batch, 2, Settings(level=level))
+    assert facts["roots"] == ", ".join(map(str, roots)) and len(roots) == 2
 
 
 def test_edges_know_roles_and_support(said, out, ioi):
@@ -469,6 +490,9 @@ def test_names_that_contradict_the_sentence(refused, tmp_path, io):
         ("signals --fraction every", "'every' is not a number"),
         ("trace --firing x:end", "'x' is no head"),
         ("trace --top 2 --root 1.4", "--top chooses the roots: leave it out"),
+        ("trace --pooled --root 1.4", "--pooled chooses the roots: leave it out"),
+        ("trace --weighting attention --fraction 1", "--fraction must be all: attention hears"),
+        ("trace --level auto --context", "--level must be a number where it is a multiple"),
         ("trace --level x", "--level: 'x' is not a number"),
         ("trace --level nan", "'nan' is not a number"),
         ("signals --level 1.5", "--level must be above 0 and at most 1"),
@@ -664,7 +688,9 @@ def test_a_stopped_run_says_when_it_kept_nothing(said, out, chunks_of_one, stopp
 def test_roots_that_were_found_are_kept(said, out, chunks_of_one, stopping, monkeypatch):
     calls, real = [], strongest_roots
     monkeypatch.setattr(
-        commands, "strongest_roots", lambda *given: calls.append(given) or real(*given)
+        commands,
+        "strongest_roots",
+        lambda *given, **how: calls.append(given) or real(*given, **how),
     )
     stopping(1)
     code, _, error = said("trace --ioi 2 --top 2 --quiet")

@@ -8,7 +8,7 @@ import torch
 from sparse_signals.core.model import activations, logits
 from sparse_signals.core.prompts import PromptError
 from sparse_signals.core.rotary import rotation, unrotate
-from sparse_signals.core.run import KEPT, run
+from sparse_signals.core.run import KEPT, Outputs, run
 from sparse_signals.tracing.roots import logit_attribution
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
@@ -106,3 +106,15 @@ def test_logit_attribution_sums_to_the_logit_difference(model, batch):
 def test_logit_attribution_needs_names(tiny_gpt2, batch):
     with pytest.raises(PromptError, match="two names"):
         logit_attribution(run(tiny_gpt2, batch))
+
+
+def test_outputs_of_single_tokens_are_those_of_the_run(model, batch):
+    """Asked from the top down each token is computed once; asked upwards, again."""
+    ran, names = run(model, batch), model.components["layer"].to_numpy()
+    prompt, pos = torch.tensor([[0, 3], [3, 0]]), torch.tensor([[2, 1], [4, 2]])
+    found = Outputs(ran)
+    for layer, used in ((2, 3), (1, 3), (0, 3), (3, 6)):
+        written, slot = found.at(prompt, pos, layer)
+        assert written.shape[1] == (names[:-1] < layer).sum() and found.used == used
+        expected = ran.outputs[prompt, pos, : written.shape[1]]
+        torch.testing.assert_close(written[slot], expected, atol=1e-12, rtol=1e-12)

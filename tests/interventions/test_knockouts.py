@@ -34,7 +34,7 @@ def batch():
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_removed_signal_is_a_global_ablation(kind, model, batch, freeze):
     """As `intervene_on` has it, on an edge into a head of the last layer at the last token."""
-    settings = Settings(level=0.5, context=True)
+    settings = Settings(level=0.5, context=True, fraction=1.0)
     roots = [Root(2, head, "end") for head in range(model.n_heads)]
     tables = trace_chunk(run(model, batch), roots, settings)
     traced = Trace(model, batch, tuple(roots), settings, *tables)

@@ -1,10 +1,13 @@
 """Firings, and pairs to compare them with, against a slow, obvious reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from sparse_signals.core.run import Run, run
+from sparse_signals.core.stats import participation_ratio
 from sparse_signals.signals.firings import find_firings, pairs_at, sample_silent, strongest_sources
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
@@ -75,3 +78,30 @@ def test_strongest_source_has_the_largest_weight_of_its_row(ran):
 def test_pairs_at_given_places(ran, pairs):
     places = (pairs.layer, pairs.prompt, pairs.head, pairs.dest, pairs.src)
     assert torch.equal(pairs_at(ran, *places).score, pairs.score)
+
+
+def test_a_row_sets_its_own_bar(ran):
+    """Two tokens that share the attention fire, one that rests at the first token does not."""
+    rows = {3: [0.04, 0.48, 0, 0.48], 4: [0.7, 0.3, 0, 0, 0], 5: [0.1, 0, 0, 0, 0.9, 0]}
+    pattern = torch.zeros_like(ran.pattern)
+    for dest, row in rows.items():
+        pattern[1, 7, 2, dest, : len(row)] = torch.tensor(row)
+    flat = replace(ran, pattern=pattern, q=torch.ones_like(ran.q), k=torch.ones_like(ran.k))
+    pairs = find_firings(flat, None)
+    here = (pairs.attention > 0).nonzero().flatten()
+    places = pairs[here].table()[["layer", "prompt", "head", "dest", "src"]].to_numpy().tolist()
+    assert places == [[1, 7, 2, 3, 1], [1, 7, 2, 3, 3], [1, 7, 2, 5, 4]]
+
+
+def test_the_bar_of_a_row_is_one_over_its_participation_ratio(ran):
+    pairs = find_firings(ran, None)
+    found = set(pairs.table()[["layer", "prompt", "head", "dest", "src"]].itertuples(index=False))
+    assert len(found) > 20
+    for layer, prompt, head in ((0, 0, 0), (1, 2, 3), (2, 5, 1)):
+        for dest in range(1, int(ran.mask[prompt].sum())):
+            row = ran.pattern[layer, prompt, head, dest, : dest + 1].double()
+            bar = (1 / participation_ratio(row)).item()
+            for src in range(1, dest + 1):
+                score = ran.q[layer, prompt, head, dest] @ ran.k[layer, prompt, head, src]
+                fires = row[src].item() >= bar - 1e-9 and score.item() >= 0
+                assert ((layer, prompt, head, dest, src) in found) == fires

@@ -15,7 +15,7 @@ from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root, strongest_roots
 from sparse_signals.tracing.trace import trace
 
-SETTINGS = Settings(level=1.0, context=True)
+SETTINGS = Settings(level=1.0, context=True, fraction=1.0)
 
 
 def random_batch(tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
@@ -41,4 +41,4 @@ def ioi_case(n: int = 6) -> Case:
     """The shipped model on its own task, in float64."""
     model = load_model("gpt2-ioi", device="cpu", dtype=torch.float64)
     batch = encode(model, ioi_prompts(n, seed=1, tokenizer=model.tokenizer))
-    return prepare(run(model, batch), strongest_roots(model, batch))
+    return prepare(run(model, batch), strongest_roots(model, batch), Settings(fraction=1.0))

@@ -23,6 +23,7 @@ from sparse_signals.tracing.roots import (
     Root,
     TraceError,
     TraceWarning,
+    logit_attribution,
     pairs_named,
     position_of,
     strongest_roots,
@@ -96,13 +97,16 @@ def slow_trace(model, batch, roots, settings):
     return written
 
 
-@pytest.mark.parametrize("weighting", ["exact", "published", "norm"])
-def test_trace_equals_the_slow_reference(model, batch, weighting):
-    settings = replace(LEVEL, weighting=weighting)
+@pytest.mark.parametrize(
+    ("weighting", "fraction"),
+    [("exact", None), ("exact", 1.0), ("attention", None), ("published", 1.0), ("norm", None)],
+)
+def test_trace_equals_the_slow_reference(model, batch, weighting, fraction):
+    settings = replace(LEVEL, weighting=weighting, fraction=fraction)
     roots = roots_of(model, batch)
     expected = slow_trace(model, batch, roots, settings)
     edges = trace(run(model, batch), roots, settings).edges
-    assert len(expected) > 30
+    assert len(expected) > 10
     found = {
         tuple(row[:6]): (row.visits, row.weight)
         for row in edges[[*PLACE, "visits", "weight"]].itertuples(index=False)
@@ -246,6 +250,64 @@ def test_roots_by_attribution_are_the_heads_that_write_the_answer(ioi):
     assert len(roots) == 3
 
 
+def test_roots_of_each_prompt_are_the_heads_that_write_most_there(ioi):
+    model, batch = ioi
+    ran = run(model, batch)
+    shares = logit_attribution(ran)[0][:, model.is_head]
+    pairs = find_firings(ran)
+    expected = set()
+    for prompt in range(24):
+        fires = {
+            (row.layer, row.head)
+            for row in pairs.table().itertuples()
+            if row.prompt == prompt and row.dest == batch.last[prompt]
+        }
+        own = {(x, y): shares[prompt, x * model.n_heads + y].item() for x, y in fires}
+        best = sorted(own, key=lambda head: -own[head])[:2]
+        expected |= {(*head, prompt) for head in best if own[head] > 0}
+    roots = strongest_roots(model, batch, 2, each=True)
+    assert {(root.layer, root.head, n) for root in roots for n in root.prompts} == expected
+    sizes = [len(root.prompts) for root in roots]
+    assert sizes == sorted(sizes, reverse=True) and len(roots) > 2
+    assert str(roots[0]) == f"{roots[0].name}:end on {sizes[0]} prompts"
+
+
+def test_a_root_of_some_prompts_starts_there_alone_whatever_the_chunks(ioi, monkeypatch):
+    model, batch = ioi
+    roots = strongest_roots(model, batch, 1, each=True)
+    whole = trace(run(model, batch), roots)
+    first = whole.firings[whole.firings["root"]]
+    found = {(row.layer, row.head, row.prompt) for row in first.itertuples()}
+    assert found == {(root.layer, root.head, n) for root in roots for n in root.prompts}
+    assert whole.untraced() == [] and all(not missing for _, missing in whole.silent())
+    monkeypatch.setattr(core_run, "CHUNK_PROMPTS", 5)
+    parts = trace_prompts(model, batch, roots)
+    ours, theirs = (t.edges[PLACE].astype(str).sort_values(PLACE) for t in (whole, parts))
+    assert (ours.to_numpy() == theirs.to_numpy()).all()
+    assert whole.first(3).roots[0].prompts == tuple(n for n in roots[0].prompts if n < 3)
+
+
+def test_prompts_without_a_root_are_named(tiny_gpt2, batch):
+    root = roots_of(tiny_gpt2, batch, 1)[0]
+    traced = trace(run(tiny_gpt2, batch), [root], LEVEL)
+    seen = set(traced.firings.loc[traced.firings["root"], "prompt"])
+    assert 0 < len(seen) < 8
+    assert traced.untraced() == sorted(set(range(8)) - seen) == traced.silent()[0][1]
+
+
+@pytest.mark.parametrize("fraction", [1.0, None])
+def test_only_firings_that_are_reached_are_opened(model, batch, monkeypatch, fraction):
+    settings, opened, real = replace(LEVEL, fraction=fraction), [], contributions
+
+    def counting(run, pairs, *rest):
+        opened.append(len(pairs))
+        return real(run, pairs, *rest)
+
+    monkeypatch.setattr(tracing, "contributions", counting)
+    firings = trace(run(model, batch), roots_of(model, batch), settings).firings
+    assert sum(opened) == len(firings) < len(find_firings(run(model, batch), LEVEL.level))
+
+
 def test_a_role_restricts_the_firings_of_a_root(ioi):
     model, batch = ioi
     traced = trace(run(model, batch), [root_of(MOVERS[0], "end", "IO")])
@@ -315,7 +377,7 @@ def test_places_are_roles_their_neighbours_and_positions(ioi):
 def test_another_basis_is_another_run(tiny_gpt2, batch, tmp_path):
     roots = roots_of(tiny_gpt2, batch)
     one = trace_prompts(tiny_gpt2, batch, roots, LEVEL, folder=tmp_path).edges
-    turned = replace(LEVEL, turn=0)
+    turned = replace(LEVEL, fraction=1.0, turn=0)
     other = trace_prompts(tiny_gpt2, batch, roots, turned, folder=tmp_path).edges
     assert len(list(tmp_path.iterdir())) == 2 and not one["weight"].equals(other["weight"])
 

@@ -54,7 +54,8 @@ examples:
   sparse-signals trace --ioi 32 --top 2
   sparse-signals trace --root 2.4 --root 3.1 --out movers
   sparse-signals trace --firing 2.4:end:IO
-  sparse-signals trace --firing 2.4:end:IO:S1 --fraction all
+  sparse-signals trace --firing 2.4:end:IO:S1
+  sparse-signals trace --ioi 64 --top 3 --pooled --preset published
   sparse-signals trace --root 3.1 --prompt "Then, Tom and Kate left the park and Tom gave a ring to"
 
 Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2 (the one that
@@ -75,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command is None:
             parser.print_help()
             return 0
-        if options.command == "trace" and options.top and options.root + options.firing:
-            parser.error("--top chooses the roots: leave it out, or --root and --firing")
+        given = options.command == "trace" and options.root + options.firing
+        if given and (options.top or options.pooled):
+            name = "--top" if options.top else "--pooled"
+            parser.error(f"{name} chooses the roots: leave it out, or --root and --firing")
         from sparse_signals.app.commands import execute
 
         execute(options, started)
@@ -110,8 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (signals, trace):
         _add_input(command)
     _add_roots(trace)
-    for command in (signals, trace):
-        _add_settings(command)
+    _add_settings(signals, "1")
+    _add_settings(trace, "all")
     _add_trace_settings(trace)
     return parser
 
@@ -187,31 +190,40 @@ def _add_roots(trace: argparse.ArgumentParser) -> None:
         "--top",
         metavar="N",
         type=count,
-        help="without --root and --firing: the N heads that write most of the answer "
-        "themselves, for prompts with two names (default: 3)",
+        help="without --root and --firing: for each prompt, the N heads that write most of its "
+        "answer themselves, of those that fire; for prompts with two names (default: 3)",
+    )
+    group.add_argument(
+        "--pooled",
+        action="store_true",
+        help="these N heads are the same for all prompts, by what they write on average",
     )
 
 
-def _add_settings(command: argparse.ArgumentParser) -> None:
+def _add_settings(command: argparse.ArgumentParser, every: str) -> None:
+    """Settings of both commands; those that are not given leave no trace in the options."""
     group = command.add_argument_group("settings")
     group.add_argument(
         "--level",
         metavar="X",
-        type=number,
-        default=0.5,
-        help="attention from which a head fires (default: 0.5)",
+        type=level,
+        default=argparse.SUPPRESS,
+        help="attention from which a head fires, or auto: what the average attended token of the "
+        "row gets, 1 / its participation ratio (default: 0.5)",
     )
     group.add_argument(
         "--context",
         action="store_true",
+        default=argparse.SUPPRESS,
         help="the level is a multiple of uniform attention, 1 / tokens in sight",
     )
     group.add_argument(
         "--fraction",
         metavar="F",
         type=fraction,
-        default=1.0,
-        help="share of the score that a support exceeds, or all, for every slice (default: 1)",
+        default=argparse.SUPPRESS,
+        help="share of the score that a support exceeds, whose slices alone count, or all, for "
+        f"every slice (default: {every})",
     )
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     group.add_argument(
@@ -229,17 +241,25 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 def _add_trace_settings(trace: argparse.ArgumentParser) -> None:
     group = trace.add_argument_group("settings of the trace")
     group.add_argument(
+        "--preset",
+        choices=("published",),
+        help="the paper's way, level 0.5, fraction 1, share 0.7, weighting published; other "
+        "settings given beside it replace these",
+    )
+    group.add_argument(
         "--share",
         metavar="F",
         type=number,
-        default=0.7,
+        default=argparse.SUPPRESS,
         help="share of a side that the components kept exceed (default: 0.7)",
     )
     group.add_argument(
         "--weighting",
-        choices=("exact", "published"),
-        default="exact",
-        help="shares of the score over all components, or the paper's weights, heads only",
+        choices=("exact", "attention", "answer", "published"),
+        default=argparse.SUPPRESS,
+        help="shares of the score over all components (default: exact), how much attention falls "
+        "without each of them, exact shares times what the answer hears of the score (for prompts "
+        "with two names), or the paper's weights, heads only",
     )
 
 
@@ -255,6 +275,11 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
+
+
+def level(text: str) -> float | None:
+    """A number, or None for "auto"."""
+    return None if text == "auto" else number(text)
 
 
 def fraction(text: str) -> float | None:

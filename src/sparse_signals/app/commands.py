@@ -1,5 +1,6 @@
 """What the command line does: find all firings, or trace circuits, and write files."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -83,7 +84,7 @@ class Job:
     @cached_property
     def folder(self) -> Path:
         """Where this run keeps what it has, and no run of other settings looks."""
-        given = [vars(self.options).get(name) for name in ("root", "firing", "top")]
+        given = [vars(self.options).get(name) for name in ("root", "firing", "top", "pooled")]
         return self.partial / run_key(self.model, self.batch, (self.settings, self.chunks, given))
 
     @cached_property
@@ -169,10 +170,13 @@ def understand(options: Namespace, started: float) -> Job:
 
 
 def read_settings(options: Namespace) -> Settings:
-    """The settings of a run; those that a command does not have keep their defaults."""
-    given = {key: value for key, value in vars(options).items() if key in vars(Settings())}
+    """The settings of a run: those that are given, in place of those of the preset or default."""
+    preset = Settings.published() if vars(options).get("preset") else Settings()
+    if options.command == "signals":
+        preset = replace(preset, fraction=1.0)
+    given = {key: value for key, value in vars(options).items() if key in vars(preset)}
     try:
-        return Settings(**given)
+        return replace(preset, **given)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
 
@@ -305,8 +309,8 @@ def run_trace(job: Job) -> str:
     if not drawn:
         say = "no circuit.html: pip install 'sparse-signals[charts]' draws it"
         print(f"{PROGRAM}: {say}", file=sys.stderr)
-    roots_ = circuit.facts["roots"]
-    found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {roots_}"
+    shown = ", ".join(map(str, roots[:5])) + (f" and {len(roots) - 5} more" * (len(roots) > 5))
+    found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {shown}"
     errors = traced.firings.get("error", pd.Series(dtype=float))
     return f"{_outcome(job, found, errors, paths)}\n{strongest_edges(circuit)}"
 
@@ -318,26 +322,32 @@ def choose_roots(job: Job) -> list[Root]:
     """
     if given := [*job.options.root, *job.options.firing]:
         return [Root(*parts) for parts in dict.fromkeys(given)]
-    number = job.options.top or 3
+    number, each = job.options.top or 3, not job.options.pooled
 
     def find(_: slice) -> dict[str, pd.DataFrame]:
-        found = strongest_roots(job.model, job.batch, number, job.settings)
-        heads = [(root.layer, root.head) for root in found]
-        return {"roots": pd.DataFrame(heads, columns=["layer", "head"])}
+        found = strongest_roots(job.model, job.batch, number, job.settings, each=each)
+        heads = [(root.layer, root.head, json.dumps(root.prompts)) for root in found]
+        return {"roots": pd.DataFrame(heads, columns=["layer", "head", "prompts"])}
 
     (tables,) = chunked([slice(0)], find, folder=job.folder / ROOTS)
-    return [Root(*head) for head in tables["roots"].to_numpy().tolist()]
+    rows = [(*head, json.loads(prompts)) for *head, prompts in tables["roots"].to_numpy().tolist()]
+    return [Root(layer, head, prompts=prompts and tuple(prompts)) for layer, head, prompts in rows]
 
 
 def describe_silent(traced: Trace) -> list[str]:
-    """For each root that does not fire on all prompts, where it does not, in words."""
-    lines = []
+    """For each root, on which of its prompts it does not fire; and where none does, in words."""
+    lines, every = [], len(traced.batch.tokens)
     for root, missing in traced.silent():
         if missing:
-            shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
-            of = len(traced.batch.tokens)
-            lines.append(f"{root} does not fire on {len(missing)} of {of} prompts: {shown}")
+            of = every if root.prompts is None else len(root.prompts)
+            lines.append(f"{root} does not fire on {len(missing)} of {of} prompts: {_few(missing)}")
+    if missing := traced.untraced():
+        lines.append(f"nothing is traced on {len(missing)} of {every} prompts: {_few(missing)}")
     return lines
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
 
 
 def trace_table(traced: Trace) -> pd.DataFrame:

@@ -134,6 +134,10 @@ class Model:
         rows.append((BIAS_ROW, BIAS_ROW, -1, -1, -1.0))
         return pd.DataFrame(rows, columns=["component", "kind", "layer", "head", "height"])
 
+    def components_below(self, layer: int) -> int:
+        """How many of the components write before a layer; they are the first ones."""
+        return (1 if self.rotary else 2) + layer * (self.n_heads + 2)
+
     @property
     def is_head(self) -> Bool[Tensor, "component"]:
         """Which of the components are heads, layer by layer."""

@@ -86,20 +86,73 @@ class Run:
 
         Head outputs cost P·T·L·H·r·d multiplications, the first time.
         """
-        model, space = self.model, self.space
-        outputs = new_outputs(model, *self.tokens.shape) if space is None else space[: len(self)]
-        written, (layers, heads) = outputs.movedim(2, 0), (model.n_layers, model.n_heads)
-        written[0] = model.bridge.embed.W_E[self.tokens]
+        prompts, length = self.tokens.shape
+        space = self.space
+        outputs = new_outputs(self.model, prompts, length) if space is None else space[:prompts]
+        place = torch.arange(prompts * length, device=self.tokens.device)
+        self.write(outputs.movedim(2, 0).flatten(1, 2), place // length, place % length)
+        return outputs
+
+    def write(
+        self,
+        written: Float[Tensor, "component place d"],
+        prompt: Int[Tensor, "place"],
+        pos: Int[Tensor, "place"],
+    ) -> None:
+        """Fill in what components wrote at some tokens: the first components, or all of them."""
+        model, before = self.model, self.model.components_below(0)
+        written[0] = model.bridge.embed.W_E[self.tokens[prompt, pos]]
         if not model.rotary:
-            places = slice(self.start, self.start + self.tokens.shape[1])
-            written[1] = model.bridge.pos_embed.W_pos[places]
-        each = written[-layers * (heads + 2) :].unflatten(0, (layers, heads + 2))
-        for layer in range(layers):
-            rows = self.z[layer].transpose(0, 1).flatten(1, 2)
-            torch.matmul(rows, model.writers.W_O[layer], out=each[layer, :heads].flatten(1, 2))
-            each[layer, heads] = model.writers.bias[layer]
-            each[layer, heads + 1] = self.mlp[layer]
-        return outputs if self.removed is None else outputs - self.removed
+            written[1] = model.bridge.pos_embed.W_pos[self.start + pos]
+        each = written[before:].unflatten(0, (-1, model.n_heads + 2))
+        for layer, out in enumerate(each):
+            rows = self.z[layer, prompt, :, pos].transpose(0, 1)
+            torch.matmul(rows, model.writers.W_O[layer], out=out[: model.n_heads])
+            out[-2] = model.writers.bias[layer]
+            out[-1] = self.mlp[layer, prompt, pos]
+        if self.removed is not None:
+            written -= self.removed[prompt, pos, : len(written)].transpose(0, 1)
+
+
+class Outputs:
+    """What components wrote at the tokens of a run that somebody asks for, kept for the next time.
+
+    A token is computed for the components below the layer that asks. So whoever asks from the top
+    layer down has each token computed once.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Nothing is known yet."""
+        self.run, self.used = run, 0
+        self.slot = torch.full_like(run.tokens, -1)
+        self.depth = torch.full_like(run.tokens, -1)
+        self.written = _component_first(run.model, 0)
+
+    def at(
+        self, prompt: Int[Tensor, "..."], pos: Int[Tensor, "..."], layer: int
+    ) -> tuple[Float[Tensor, "slot component d"], Int[Tensor, "..."]]:
+        """The outputs of all components below a layer, and in which slot those of each token are.
+
+        Slots of other tokens may hold anything.
+        """
+        asked = torch.zeros_like(self.slot, dtype=torch.bool)
+        asked[prompt, pos] = True
+        new = (asked & (self.depth < layer)).nonzero(as_tuple=True)
+        start, self.used = self.used, self.used + len(new[0])
+        self.slot[new] = torch.arange(start, self.used, device=self.slot.device)
+        self.depth[new] = layer
+        if self.used > self.written.shape[1]:
+            more = _component_first(self.run.model, 2 * self.used)
+            more[:, :start] = self.written[:, :start]
+            self.written = more
+        below = self.run.model.components_below(layer)
+        if self.used > start:
+            self.run.write(self.written[:below, start : self.used], *new)
+        return self.written[:below, : self.used].transpose(0, 1), self.slot[prompt, pos]
+
+
+def _component_first(model: Model, places: int) -> Float[Tensor, "component place d"]:
+    return new_outputs(model, places, 1)[:, 0].transpose(0, 1)
 
 
 def run(
@@ -130,8 +183,8 @@ def run(
         batch,
         cache["q"],
         cache["k"],
-        cache["v"] - b_V,
-        cache["z"] - b_V,
+        cache["v"].sub_(b_V),
+        cache["z"].sub_(b_V),
         cache["pattern"],
         cache["mlp_out"],
         cache["scale"],

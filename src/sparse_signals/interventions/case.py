@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sparse_signals.core.run import Run
 from sparse_signals.interventions.changes import Clean, clean_run
+from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import Trace, trace
 
@@ -22,6 +23,6 @@ class Case:
         return Case(traced, clean_run(traced.model, traced.batch))
 
 
-def prepare(run: Run, roots: Sequence[Root]) -> Case:
+def prepare(run: Run, roots: Sequence[Root], settings: Settings = Settings()) -> Case:
     """Trace the prompts of a run from roots, and keep what interventions start from."""
-    return Case(trace(run, roots), clean_run(run.model, run.batch))
+    return Case(trace(run, roots, settings), clean_run(run.model, run.batch))

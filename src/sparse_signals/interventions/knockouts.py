@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_signals.core.forward import forward
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch
-from sparse_signals.core.run import Run, fitting_rows
+from sparse_signals.core.run import Outputs, Run, fitting_rows
 from sparse_signals.core.stats import DRAWS, bootstrap
 from sparse_signals.interventions.disjoint_paths import best_paths
 from sparse_signals.interventions.edge_signals import column, read_signals
@@ -83,7 +83,14 @@ def _trace_again(run: Run, firings: Pairs, root: Root, settings: Settings) -> Tr
     fields = vars(roots)
     pairs = Pairs(**{name: torch.cat([fields[name], getattr(others, name)]) for name in fields})
     start = (torch.arange(len(pairs), device=pairs.layer.device) < len(roots)).long()
-    tables = follow(run, pairs, contributions(run, pairs, settings), start, settings)
+    outputs = Outputs(run)
+    tables = follow(
+        run,
+        pairs,
+        lambda rows: contributions(run, pairs[rows], settings, outputs),
+        start,
+        settings,
+    )
     return Trace(run.model, run.batch, (root,), settings, *tables)
 
 

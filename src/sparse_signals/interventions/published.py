@@ -215,7 +215,7 @@ def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:
     tables = []
     for scales in ("recomputed", "frozen"):
         how = {"number": number, "freeze_norms": scales == "frozen"}
-        rows = knock_out(case.traced.model, case.traced.batch, root, **how)
+        rows = knock_out(case.traced.model, case.traced.batch, root, case.traced.settings, **how)
         tables.append(rows.assign(scales=scales))
     return pd.concat(tables, ignore_index=True)
 

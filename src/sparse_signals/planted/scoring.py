@@ -18,14 +18,11 @@ from sparse_signals.core.run import Run, run
 from sparse_signals.core.stats import tidy
 from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, Planted, planted, recovery
 from sparse_signals.signals.firings import Pairs, find_firings
-from sparse_signals.signals.slices import coordinates
 from sparse_signals.tracing.contributions import (
     SIDES,
     Contributions,
     Settings,
     contributions,
-    reading_vectors,
-    receiving,
 )
 from sparse_signals.tracing.trace import follow
 
@@ -82,7 +79,7 @@ def trace_case(
 
 
 def _follow(case: PlantedRun, parts: Contributions, share: float) -> pd.DataFrame:
-    return follow(case.run, case.pairs, parts, case.start, Settings(share=share))[1]
+    return follow(case.run, case.pairs, parts.__getitem__, case.start, Settings(share=share))[1]
 
 
 def shares(case: PlantedRun, method: str, seed: int = 0) -> Contributions:
@@ -90,29 +87,18 @@ def shares(case: PlantedRun, method: str, seed: int = 0) -> Contributions:
     if method not in METHODS:
         raise ValueError(f"no method called {method!r}: choose among {', '.join(METHODS)}")
     if method == "whole score":
-        return _whole_score(case)
+        return contributions(case.run, case.pairs)
     weighting = {"published": "published", "loudest": "norm"}.get(method, "exact")
     turn = seed if method == "random basis" else None
-    parts = contributions(case.run, case.pairs, Settings(weighting=weighting, turn=turn))
+    parts = contributions(
+        case.run, case.pairs, Settings(fraction=1.0, weighting=weighting, turn=turn)
+    )
     if method == "exact, heads only":
         return replace(parts, values=parts.values * case.run.model.is_head)
     if method == "dice":
         thrown = np.random.default_rng(seed).random(tuple(parts.values.shape))
         return replace(parts, values=torch.from_numpy(thrown) * _upstream(case)[:, None])
     return parts
-
-
-def _whole_score(case: PlantedRun) -> Contributions:
-    """x_c·w / s of every component, with w the whole form: the exact shares of all slices."""
-    run, pairs = case.run, case.pairs
-    coords = coordinates(run, pairs)
-    every = torch.ones_like(coords.slices, dtype=torch.bool)
-    w, token = reading_vectors(run.model, pairs, coords, every), receiving(pairs)
-    scale = run.scale[pairs.layer[:, None], pairs.prompt[:, None], token]
-    written = run.outputs[pairs.prompt[:, None], token]
-    values = torch.einsum("nscd,nsd->nsc", written, w[..., :-1]) / scale[..., None]
-    values = torch.cat([values, w[..., -1:]], dim=-1) * _upstream(case)[:, None]
-    return Contributions(values, pairs.score, every, torch.ones_like(scale, dtype=torch.bool))
 
 
 def _upstream(case: PlantedRun) -> Bool[Tensor, "pair component"]:
@@ -266,7 +252,7 @@ def strays(case: PlantedRun, found: pd.DataFrame) -> pd.DataFrame:
     table = case.run.model.components.set_index("component")
     firings, readers = (pd.Index(_tuples(x, FIRING)) for x in (case.pairs.table(), stray))
     side = stray["side"].map(SIDES.index).to_numpy(dtype=np.int64)
-    values = _whole_score(case).values
+    values = contributions(case.run, case.pairs).values
     values = (values / values.sum(-1, keepdim=True)).numpy()
     writers = table.index.get_indexer(pd.Index(stray["upstream"]))
     whole = values[firings.get_indexer(readers), side, writers]

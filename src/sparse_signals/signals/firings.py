@@ -36,12 +36,15 @@ class Pairs:
         return table.assign(name=head_name(table["layer"], table["head"]))
 
 
-def find_firings(run: Run, level: float = 0.5, context: bool = False) -> Pairs:
+def find_firings(run: Run, level: float | None = 0.5, context: bool = False) -> Pairs:
     """All pairs in which a head fires: A_ij ≥ level, a_ij ≥ 0 and j ≥ 1.
 
     The first token is left out because it is the attention sink. With `context` the bar falls
     with the number of visible tokens, A_ij ≥ level / (i + 1), and level is a multiple of uniform
-    attention. Source: Franco and Crovella 2024, section 4 (level 0.5); 2025 for the context rule.
+    attention. With level None the row sets its own bar, A_ij ≥ Σ_j' A_ij'²: the attention of the
+    average token that is attended to, or 1 / the participation ratio of the row, so that a row
+    which attends to n tokens alike fires at all of them, and where it rests at the first token at
+    none. Source: Franco and Crovella 2024, section 4 (level 0.5); 2025 for the context rule.
 
     >>> firings = find_firings(run)
     >>> bool((firings.attention >= 0.5).all()), bool((firings.src >= 1).all())
@@ -49,9 +52,12 @@ def find_firings(run: Run, level: float = 0.5, context: bool = False) -> Pairs:
     >>> list(firings.table().columns)
     ['layer', 'prompt', 'head', 'dest', 'src', 'attention', 'score', 'name']
     """
-    dest = torch.arange(run.pattern.shape[-1], device=run.pattern.device)
-    bar = level / (dest + 1) if context else torch.full_like(dest, level, dtype=torch.float64)
-    fires = run.pattern >= bar[:, None]
+    if level is None:
+        bar = run.pattern.square().sum(-1, keepdim=True)
+    else:
+        dest = torch.arange(run.pattern.shape[-1], device=run.pattern.device)[:, None]
+        bar = level / (dest + 1) if context else torch.full_like(dest, level, dtype=torch.float64)
+    fires = run.pattern >= bar
     pairs = _pairs(run, fires & _visible(run))
     return pairs[pairs.score >= 0]
 

@@ -64,10 +64,10 @@ def opened_firing(run: Run, pair: Pairs, settings: Settings = Settings()) -> pd.
 
     One row per component, side and slices: weight, and whether the trace keeps the component.
     """
-    tables, parts = [], contributions(run, pair, settings)
-    kept = kept_components(parts, settings)[0].cpu().numpy()
-    every = contributions(run, pair, replace(settings, fraction=None))
-    for slices, found in (("the support", parts), ("all slices", every)):
+    tables = []
+    kept = kept_components(contributions(run, pair, settings), settings)[0].cpu().numpy()
+    for slices, fraction in (("the support", settings.fraction or 1.0), ("all slices", None)):
+        found = contributions(run, pair, replace(settings, fraction=fraction))
         for number, side in enumerate(SIDES):
             table = run.model.components[["component"]].assign(side=side, slices=slices)
             table["weight"] = found.values[0, number].cpu().numpy()
@@ -87,13 +87,13 @@ def overlap(ours: pd.DataFrame, theirs: pd.DataFrame, prompts: int) -> Float[np.
     return np.divide(shared, either, out=np.full(prompts, np.nan), where=either > 0)
 
 
-def sensitivity(run: Run, roots: Sequence[Root], weighting: str = "exact") -> pd.DataFrame:
-    """How the edges of a trace change with each setting, the others at their default.
+def sensitivity(run: Run, roots: Sequence[Root], base: Settings = Settings()) -> pd.DataFrame:
+    """How the edges of a trace change with each setting, the others as in `base`.
 
-    One row per setting and value: overlap with the default trace (mean over prompts, low, high)
+    One row per setting and value: overlap with the trace of `base` (mean over prompts, low, high)
     and the number of edges a prompt.
     """
-    base, prompts = Settings(weighting=weighting), len(run)
+    prompts = len(run)
     varied = [(name, x, replace(base, **{name: x})) for name, xs in VARIED.items() for x in xs]
     settings = [base, *(variant for _, _, variant in varied)]
     default, *others = _traced_edges(run, roots, settings)
@@ -102,7 +102,7 @@ def sensitivity(run: Run, roots: Sequence[Root], weighting: str = "exact") -> pd
         same = pd.DataFrame({"overlap": overlap(default, edges, prompts)})
         found = bootstrap(same, np.arange(prompts))
         each = len(edges) / prompts
-        rows.append(found.assign(setting=name, x=value, edges=each, weighting=weighting))
+        rows.append(found.assign(setting=name, x=value, edges=each, weighting=base.weighting))
     return pd.concat(rows, ignore_index=True).drop(columns="measure")
 
 
@@ -124,7 +124,7 @@ def quirk_table(run: Run, roots: Sequence[Root]) -> pd.DataFrame:
     the same ends, side and roles), how many edges count more than all prompts, the largest count,
     and the mean weight.
     """
-    plain = Settings(weighting="published")
+    plain = Settings.published()
     with_bias = replace(plain, bias_per_head=True)
     batch = run.batch
     clean, biased = _traced_edges(run, roots, [plain, with_bias])

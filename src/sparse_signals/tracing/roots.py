@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.run import Run, runs
+from sparse_signals.core.run import Outputs, Run, runs
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
 from sparse_signals.tracing.contributions import Contributions, Settings, contrast
 
@@ -31,10 +31,10 @@ class Root:
 
     Places are roles ("end", "IO", "S2-1", …) or positions. "end" is the last token, named or not.
     With `against`, another source, these firings are opened by the difference of the two scores,
-    where it is positive.
+    where it is positive. `prompts` says on which prompts it is a root (None: on all).
 
-    >>> str(Root(9, 9)), str(Root(9, 6, "end", "IO", "S1"))
-    ('9.9:end', '9.6:end:IO:S1')
+    >>> str(Root(9, 9)), str(Root(9, 6, "end", "IO", "S1")), str(Root(9, 9, prompts=(0, 3)))
+    ('9.9:end', '9.6:end:IO:S1', '9.9:end on 2 prompts')
     """
 
     layer: int
@@ -42,6 +42,7 @@ class Root:
     dest: str | int = "end"
     src: str | int | None = None
     against: str | int | None = None
+    prompts: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +51,16 @@ class Root:
 
     def __str__(self) -> str:
         places = [place for place in (self.dest, self.src, self.against) if place is not None]
-        return ":".join([self.name, *map(str, places)])
+        name = ":".join([self.name, *map(str, places)])
+        if self.prompts is None:
+            return name
+        return f"{name} on {len(self.prompts)} prompt{'s' if len(self.prompts) > 1 else ''}"
+
+    def within(self, rows: range) -> "Root":
+        """The same root for a piece of the prompts, counted from its first one."""
+        if self.prompts is None:
+            return self
+        return replace(self, prompts=tuple(n - rows.start for n in self.prompts if n in rows))
 
 
 def position_of(batch: Batch, where: str | int) -> Int[Tensor, "prompt"]:
@@ -77,6 +87,8 @@ def matches(batch: Batch, pairs: Pairs, root: Root) -> Bool[Tensor, "pair"]:
     match &= pairs.dest == position_of(batch, root.dest).to(device)[pairs.prompt]
     if root.src is not None:
         match &= pairs.src == position_of(batch, root.src).to(device)[pairs.prompt]
+    if root.prompts is not None:
+        match &= torch.isin(pairs.prompt, torch.tensor(root.prompts, device=device))
     return match
 
 
@@ -107,7 +119,12 @@ def starts(run: Run, pairs: Pairs, roots: Sequence[Root]) -> Int[Tensor, "pair"]
 
 
 def open_contrasts(
-    run: Run, pairs: Pairs, parts: Contributions, roots: Sequence[Root], settings: Settings
+    run: Run,
+    pairs: Pairs,
+    parts: Contributions,
+    roots: Sequence[Root],
+    settings: Settings,
+    outputs: Outputs | None = None,
 ) -> Contributions:
     """The contributions, with the firings of roots that have an `against` opened by contrast."""
     opened = Contributions(*(value.clone() for value in vars(parts).values()))
@@ -116,7 +133,7 @@ def open_contrasts(
             continue
         rows = matches(run.batch, pairs, root).nonzero().flatten()
         ours = pairs[rows]
-        found = contrast(run, ours, _other_source(run, ours, root.against), settings)
+        found = contrast(run, ours, _other_source(run, ours, root.against), settings, outputs)
         for name, value in vars(opened).items():
             value[rows] = getattr(found, name)
     return opened
@@ -164,7 +181,8 @@ def logit_attribution(
         w = w - w.mean(-1, keepdim=True)
         constant = constant + norm.b @ columns
     last = run.batch.last.to(w.device)
-    at_end = run.outputs[torch.arange(len(last), device=last.device), last]
+    written, slot = Outputs(run).at(torch.arange(len(last), device=last.device), last, len(run.q))
+    at_end = written[slot]
     x = at_end.sum(1)
     x = x if run.model.rms else x - x.mean(-1, keepdim=True)
     scale = (x.square().mean(-1) + run.model.bridge.cfg.eps).sqrt()
@@ -174,20 +192,44 @@ def logit_attribution(
 
 
 def strongest_roots(
-    model: Model, batch: Batch, n: int = 3, settings: Settings = Settings()
+    model: Model,
+    batch: Batch,
+    n: int = 3,
+    settings: Settings = Settings(),
+    *,
+    each: bool = False,
 ) -> list[Root]:
     """The n heads that write most of logit(IO) − logit(S) themselves, of those that fire from end.
 
+    The same heads for all prompts, by the mean over prompts; or, with `each`, those of each prompt,
+    of the ones that fire in it and write for the answer: fewer than n, or none, where fewer do.
     Raises PromptError where the prompts have no names, TraceError where no head fires from end.
     """
-    shares, firing = [], set()
+    written, fires = [], []
     for _, part in runs(model, batch):
-        shares.append(logit_attribution(part)[0].sum(0))
+        shares = logit_attribution(part)[0][:, model.is_head]
         pairs = find_firings(part, settings.level, settings.context)
         at_end = pairs[pairs.dest == part.batch.last.to(pairs.dest.device)[pairs.prompt]]
-        firing |= set(zip(at_end.layer.tolist(), at_end.head.tolist(), strict=True))
-    if not firing:
+        firing = torch.zeros_like(shares, dtype=torch.bool)
+        firing[at_end.prompt, at_end.layer * model.n_heads + at_end.head] = True
+        written.append(shares)
+        fires.append(firing)
+    shares, firing = torch.cat(written).double(), torch.cat(fires)
+    if not firing.any():
         raise TraceError("no head fires from the last token of any prompt: lower the level")
-    per_head = reduce(torch.add, shares)[model.is_head].view(model.n_layers, model.n_heads)
-    best = sorted(firing, key=lambda head: -float(per_head[head]))
-    return [Root(*head) for head in best[:n]]
+    if not each:
+        per_head = shares.sum(0).masked_fill(~firing.any(0), -torch.inf)
+        best = per_head.argsort(descending=True, stable=True)[: min(n, int(firing.any(0).sum()))]
+        return [Root(*divmod(head, model.n_heads)) for head in best.tolist()]
+    own = shares.masked_fill(~firing, -torch.inf)
+    best = own.argsort(dim=1, descending=True, stable=True)[:, :n]
+    chosen = torch.zeros_like(firing).scatter(1, best, own.gather(1, best) > 0)
+    if not chosen.any():
+        raise TraceError("no head that fires from the last token writes for the answer")
+    head, prompt = (places.cpu().numpy() for places in chosen.T.nonzero(as_tuple=True))
+    groups = pd.Series(prompt).groupby(head).agg(tuple)  # commonest heads first
+    groups = groups.iloc[groups.map(len).argsort(kind="stable")[::-1]]
+    return [
+        Root(*divmod(int(head), model.n_heads), prompts=tuple(map(int, prompts)))
+        for head, prompts in groups.items()
+    ]

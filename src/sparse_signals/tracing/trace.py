@@ -6,7 +6,7 @@ firing of a prompt is opened once, however many paths reach it, so a trace is an
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from torch import Tensor
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.resume import chunked, run_key
-from sparse_signals.core.run import Run, fitting_rows, new_outputs, run
+from sparse_signals.core.run import Outputs, Run, fitting_rows, run
 from sparse_signals.core.stats import DRAWS
 from sparse_signals.signals.firings import Pairs, find_firings
+from sparse_signals.tracing.answer import score_gradients
 from sparse_signals.tracing.circuit import Circuit, Quirks, pool
 from sparse_signals.tracing.contributions import (
     SIDES,
     Contributions,
     Settings,
     contributions,
+    joined,
     receiving,
 )
 from sparse_signals.tracing.roots import (
@@ -52,10 +54,10 @@ class Trace:
 
     firings: firing (number), prompt, layer, head, name, dest, src, attention, score, root,
     visits (paths that lead to it from the roots), vectors (the singular pairs in the support) and,
-    for the exact weighting, error (relative, of the sum of contributions).
+    where edges are kept by exact contributions, error (relative, of their sum).
     edges: firing, prompt, upstream (component), kind (of upstream), downstream (head), layer, head,
-    side, dest, src, token (where upstream writes), weight (contribution), share (of its side),
-    visits, up_layer and down_layer (heights in a chart).
+    side, dest, src, token (where upstream writes), weight (as `Settings.weighting` says), share (of
+    the contributions to its side), visits, up_layer and down_layer (heights in a chart).
     """
 
     model: Model
@@ -70,13 +72,14 @@ class Trace:
         return replace(
             self,
             batch=self.batch.rows(slice(0, prompts)),
+            roots=tuple(root.within(range(prompts)) for root in self.roots),
             firings=self.firings[self.firings["prompt"] < prompts],
             edges=self.edges[self.edges["prompt"] < prompts],
         )
 
     def silent(self) -> list[tuple[Root, list[int]]]:
-        """Every root, and the prompts on which it does not fire and nothing is traced from it."""
-        found = []
+        """Every root, and its prompts on which it does not fire and nothing is traced from it."""
+        found, every = [], range(len(self.batch.tokens))
         for root in self.roots:
             firings = self.firings[self.firings["root"] & (self.firings["name"] == root.name)]
             prompt = torch.tensor(firings["prompt"].tolist(), dtype=torch.long)
@@ -85,13 +88,20 @@ class Trace:
                     at = torch.tensor(firings[end].tolist(), dtype=torch.long)
                     match = at == position_of(self.batch, where)[prompt]
                     firings, prompt = firings[match.numpy()], prompt[match]
-            missing = set(range(len(self.batch.tokens))) - set(prompt.tolist())
-            found.append((root, sorted(missing)))
+            own = every if root.prompts is None else root.prompts
+            found.append((root, sorted({*own} - set(prompt.tolist()))))
         return found
+
+    def untraced(self) -> list[int]:
+        """The prompts on which no root fires, so that nothing is traced."""
+        return sorted({*range(len(self.batch.tokens))} - set(self.firings["prompt"]))
 
     def pool(self, quirks: Quirks = Quirks(), draws: int = DRAWS, seed: int = 0) -> Circuit:
         """The circuit that all prompts share: `circuit.pool`, and how it was made."""
-        given = asdict(self.settings) | {"fraction": self.settings.fraction or "all"}
+        given = asdict(self.settings) | {
+            "level": self.settings.level or "auto",
+            "fraction": self.settings.fraction or "all",
+        }
         facts = {
             "model": self.model.name,
             "prompts": str(len(self.batch.tokens)),
@@ -143,10 +153,9 @@ def trace_prompts(
     chunks = fitting_rows(model, batch)
     if folder:
         folder = folder / run_key(model, batch, (settings, tuple(roots), chunks))
-    space = new_outputs(model, chunks[0].stop, batch.tokens.shape[1])
 
     def work(rows: slice) -> dict[str, pd.DataFrame]:
-        part = run(model, batch.rows(rows), space=space)
+        part = run(model, batch.rows(rows))
         firings, edges = trace_chunk(part, roots, settings, rows.start)
         return {"firings": firings, "edges": edges}
 
@@ -160,28 +169,36 @@ def trace_chunk(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Firings and edges of a run whose outputs fit in memory; prompts count from `first_prompt`."""
     check_attention(run)
-    pairs = find_firings(run, settings.level, settings.context)
-    start = starts(run, pairs, roots)
-    above = pairs.layer <= max((root.layer for root in roots), default=-1)
-    above &= (start.new_zeros(len(run)).index_add(0, pairs.prompt, start) > 0)[pairs.prompt]
-    pairs, start = pairs[above], start[above]  # the others are not reached
-    parts = contributions(run, pairs, settings)
-    if any(root.against is not None for root in roots):
-        parts = open_contrasts(run, pairs, parts, roots, settings)
+    roots = [root.within(range(first_prompt, first_prompt + len(run))) for root in roots]
+    pairs, outputs = find_firings(run, settings.level, settings.context), Outputs(run)
     plain = replace(settings, weighting="exact", bias_per_head=False)
-    exact = parts if plain == settings else contributions(run, pairs[:SAMPLE], plain)
-    check_sums(run.model, exact.discrepancy(), "contributions")
-    return follow(run, pairs, parts, start, settings, first_prompt)
+    contrasts = any(root.against is not None for root in roots)
+
+    def opened(rows: Int[Tensor, "row"]) -> Contributions:
+        parts = contributions(run, pairs[rows], settings, outputs)
+        if contrasts:
+            parts = open_contrasts(run, pairs[rows], parts, roots, settings, outputs)
+        few = rows[:SAMPLE]
+        exact = parts if plain == settings else contributions(run, pairs[few], plain, outputs)
+        check_sums(run.model, exact.discrepancy(), "contributions")
+        return parts
+
+    firings, edges = follow(run, pairs, opened, starts(run, pairs, roots), settings, first_prompt)
+    if settings.weighting == "answer":
+        heard = score_gradients(run.model, run.batch).cpu().numpy()
+        place = edges[["layer", "prompt", "head", "dest", "src"]].to_numpy()
+        edges["weight"] *= heard[tuple((place - [0, first_prompt, 0, 0, 0]).T)]
+    return firings, edges
 
 
 def check_attention(run: Run) -> None:
     """Raise TraceError where attention is not softmax(q·k / divisor), which all else stands on."""
     worst = []
     for q, k, divisor, pattern in zip(run.q, run.k, run.model.divisor, run.pattern, strict=True):
-        scores = q @ k.mT / divisor.to(q.dtype)
+        scores = (q @ k.mT).div_(divisor.to(q.dtype))
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        worst.append((weights - pattern).abs().max())
+        weights = scores.masked_fill_(future, -torch.inf).softmax(-1)
+        worst.append(weights.sub_(pattern).abs_().max())
     check_sums(run.model, torch.stack(worst), "attention weights")
 
 
@@ -198,24 +215,45 @@ def check_sums(model: Model, error: Float[Tensor, "sum"], what: str) -> None:
 def follow(
     run: Run,
     pairs: Pairs,
-    parts: Contributions,
+    opened: Callable[[Int[Tensor, "row"]], Contributions],
     start: Int[Tensor, "pair"],
     settings: Settings,
     first_prompt: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The graph that is reached from the firings where `start` (how many roots) is not zero."""
-    kept = kept_components(parts, settings)
-    visits = _visits(run, pairs, kept, start)
-    reached = visits > 0
+    """The graph that is reached from the firings where `start` (how many roots) is not zero.
+
+    One pass over the layers, from the top: `opened` gives the contributions to the firings of a
+    layer that were reached, by their rows. A path goes from a firing to a kept head at the
+    receiving token, and to every firing of that head whose destination is this token; `visits`
+    counts the paths.
+    """
+    model, visits = run.model, start.clone()
+    prompts, length = run.tokens.shape
+    calls = visits.new_zeros(prompts, model.n_layers, model.n_heads, length)
+    layers = []
+    for layer in reversed(range(model.n_layers)):
+        here = (pairs.layer == layer).nonzero().flatten()
+        visits[here] += calls[pairs.prompt[here], layer, pairs.head[here], pairs.dest[here]]
+        here = here[visits[here] > 0]
+        parts = opened(here)
+        kept = kept_components(parts, settings)
+        layers.append((here, parts, kept))
+        to_heads = kept[..., model.is_head].unflatten(-1, (model.n_layers, model.n_heads))
+        pair, side, up, head = to_heads.nonzero(as_tuple=True)
+        token = receiving(pairs[here])[pair, side]
+        called = (pairs.prompt[here][pair], up, head, token)
+        calls.index_put_(called, visits[here][pair], accumulate=True)
+    rows, each, kept = zip(*reversed(layers), strict=True)
+    reached, kept, parts = torch.cat(rows), torch.cat(kept), joined(each)
     firings = pairs[reached].table()
     firings["prompt"] += first_prompt
     firings["root"] = start[reached].cpu().numpy() > 0
     firings["visits"] = visits[reached].cpu().numpy()
-    if settings.weighting == "exact":
-        firings["error"] = parts.error()[reached].cpu().numpy()
-    firings["vectors"] = pd.Series(index_lists(parts.support[reached]), firings.index)
+    if settings.weighting in ("exact", "answer"):
+        firings["error"] = parts.error().cpu().numpy()
+    firings["vectors"] = pd.Series(index_lists(parts.support), firings.index)
     firings.insert(0, "firing", range(len(firings)))
-    return firings, _edges(run.model, firings, parts.values[reached], kept[reached])
+    return firings, _edges(model, firings, parts.values, kept)
 
 
 def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "pair side c"]:
@@ -226,32 +264,6 @@ def kept_components(parts: Contributions, settings: Settings) -> Bool[Tensor, "p
     enough = ordered.cumsum(-1) > settings.share * values.sum(-1, keepdim=True) + rounding
     wanted = (enough.cumsum(-1) - enough.long() == 0) & (ordered > 0) & parts.sides[..., None]
     return torch.zeros_like(wanted).scatter(-1, order, wanted)
-
-
-def _visits(
-    run: Run,
-    pairs: Pairs,
-    kept: Bool[Tensor, "pair side c"],
-    start: Int[Tensor, "pair"],
-) -> Int[Tensor, "pair"]:
-    """How many paths reach each firing from the roots: one pass over the layers, from the top.
-
-    A path goes from a firing to a kept head at the receiving token, and to every firing of that
-    head whose destination is this token.
-    """
-    model = run.model
-    to_heads = kept[..., model.is_head].unflatten(-1, (model.n_layers, model.n_heads))
-    token, visits = receiving(pairs), start.clone()
-    prompts, length = run.tokens.shape
-    calls = visits.new_zeros(prompts, model.n_layers, model.n_heads, length)
-    for layer in reversed(range(model.n_layers)):
-        here = (pairs.layer == layer).nonzero().flatten()
-        visits[here] += calls[pairs.prompt[here], layer, pairs.head[here], pairs.dest[here]]
-        pair, side, up, head = to_heads[here].nonzero(as_tuple=True)
-        pair = here[pair]
-        called = (pairs.prompt[pair], up, head, token[pair, side])
-        calls.index_put_(called, visits[pair], accumulate=True)
-    return visits
 
 
 def _edges(
@@ -298,10 +310,16 @@ def _joined(
         before += len(found)
     tables = (pd.concat(parts, ignore_index=True) for parts in (firings, edges))
     traced = Trace(model, batch, tuple(roots), settings, *tables)
-    silent = [str(root) for root, missing in traced.silent() if len(missing) == len(batch.tokens)]
+    every = range(len(batch.tokens))
+    silent = [
+        str(root)
+        for root, missing in traced.silent()
+        if len(missing) == len(every if root.prompts is None else root.prompts)
+    ]
     if silent:
+        bar = "that of the row" if settings.level is None else f"{settings.level:g}"
         message = (
-            f"never fires on these prompts (attention of at least {settings.level:g}): "
+            f"never fires on these prompts (attention of at least {bar}): "
             f"{', '.join(silent)}; choose another root or lower the level"
         )
         if len(silent) == len(roots):
