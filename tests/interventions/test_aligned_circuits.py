@@ -253,7 +253,9 @@ def test_a_trace_has_values_for_its_edges(tiny_llama, pair):
     columns = ["upstream", "kind", "layer", "head", "side", "prompt", "share"]
     table = pd.DataFrame(rows, columns=columns)
     traced = Trace(tiny_llama, pair[0], (Root(1, 2),), Settings(), pd.DataFrame(), table)
-    found = Edges.of(tiny_llama).table().assign(value=traced_edges(traced).numpy()).query("value > 0")
+    found = (
+        Edges.of(tiny_llama).table().assign(value=traced_edges(traced).numpy()).query("value > 0")
+    )
     assert found[["upstream", "input", "downstream", "value"]].values.tolist() == [
         ["0.1", "q", "1.2", pytest.approx(1.8 / 8)],
         ["embedding", "k", "1.2", 0.5 / 8],
