@@ -336,11 +336,11 @@ def test_an_installation_that_fails_is_not_taken_for_done(installing, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("circuits", ["edges", "nodes"])
-def test_methods_are_compared_on_held_out_prompts(circuits, tmp_path, capsys):
+@pytest.mark.parametrize(("circuits", "kind"), [("edges", "flip"), ("nodes", "abc")])
+def test_methods_are_compared_on_held_out_prompts(circuits, kind, tmp_path, capsys):
     import compare_methods
 
-    small = ["--train", "8", "--test", "16", "--draws", "1", "--counterfactual", "abc"]
+    small = ["--train", "8", "--test", "16", "--draws", "1", "--counterfactual", kind]
     assert compare_methods.main([*small, "--circuits", circuits, "--out", str(tmp_path)]) == 0
     assert "secant" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / ("curves.csv" if circuits == "edges" else "nodes.csv"))
