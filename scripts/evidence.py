@@ -203,16 +203,14 @@ class Bench:
         names = model.components["component"][:-1]
         gate = torch.ones(2, len(names), dtype=model.dtype)
         gate[1, torch.tensor(names.isin(list(senders)).tolist())] = 0.0
-        each = gate[:, None, None].repeat(1, model.n_layers, model.n_heads, 1)
-        gates = dict.fromkeys(inputs or "qkv", each)
+        given = {"written": gate}
         if inputs:
+            each = gate[:, None, None].repeat(1, model.n_layers, model.n_heads, 1)
             to = names[model.is_head[:-1].tolist()].isin(list(receivers)).tolist()
             each[1].flatten(0, 1)[~torch.tensor(to)] = 1.0
-            gate = torch.ones_like(gate)
-        else:
-            gates |= {"mlp": gate[:, None].expand(-1, model.n_layers, -1), "out": gate}
+            given = dict.fromkeys(inputs, each)
         passed = forward(
-            model, self.batch, gates=Gates(here.long(), self.reference, self.place, **gates)
+            model, self.batch, gates=Gates(here.long(), self.reference, self.place, **given)
         )
         best = passed.logits.argmax(-1)
         return Outcome(passed.difference, (best == self.batch.io).double(), passed.run)

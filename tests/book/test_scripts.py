@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -332,3 +333,18 @@ def test_an_installation_that_fails_is_not_taken_for_done(installing, tmp_path):
     os.utime(tmp_path / ".venv" / ".ready", (1, 1))  # the requirements have changed since then
     done, _, ready = installing(rest=1)
     assert done.returncode and not ready
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("circuits", "kind"), [("edges", "flip"), ("nodes", "abc")])
+def test_methods_are_compared_on_held_out_prompts(circuits, kind, tmp_path, capsys):
+    import compare_methods
+
+    small = ["--train", "8", "--test", "16", "--draws", "1", "--counterfactual", kind]
+    assert compare_methods.main([*small, "--circuits", circuits, "--out", str(tmp_path)]) == 0
+    assert "secant" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / ("curves.csv" if circuits == "edges" else "nodes.csv"))
+    f = table.set_index(["method", "size"])["f"].sort_index()
+    size = 0.2 if circuits == "edges" else 40
+    assert (f.loc[("secant", size)] > 0.8).all() and (f.loc[("random", size)] < 0.3).all()
+    assert f.groupby(level="method").last().eq(1).all()

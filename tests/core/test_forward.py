@@ -228,6 +228,17 @@ def test_frozen_scales_make_gated_inputs_linear(tiny_gpt2, batch):
     assert found[True] < 1e-12 < 1e-3 < found[False]
 
 
+def test_what_is_written_can_be_gated_for_all_readers(model, batch):
+    """As if every input had the same gates."""
+    gates = random_gates(model, batch, ("out",))
+    layers = gates.out[:, None].expand(-1, model.n_layers, -1)
+    every = dict.fromkeys("qkv", layers[:, :, None]) | {"mlp": layers}
+    with torch.no_grad():
+        one = forward(model, batch, gates=replace(gates, written=gates.out, out=None))
+        many = forward(model, batch, gates=replace(gates, **every))
+    assert gap(one.logits, many.logits) < 1e-9 < 1e-4 < gap(one.logits, logits(model, batch.tokens))
+
+
 def test_a_group_or_a_layer_can_share_inputs(model, batch):
     """As if each of its heads had the same gates."""
     gates, groups = random_gates(model, batch, INPUTS), model.n_heads // model.n_kv_heads

@@ -194,6 +194,7 @@ class Gates:
     which costs nothing. One row gates pairs of components; one for every role or token, each there.
     Instead of one input for each head there may be one for each group that shares keys and values,
     or one for all. Gates of components that do not come before an input are ignored.
+    `written` gates what a component writes, for all that read it, at no cost.
     """
 
     row: Int[Tensor, "prompt pos"]
@@ -204,6 +205,12 @@ class Gates:
     v: Float[Tensor, "row layer values component"] | None = None
     mlp: Float[Tensor, "row layer component"] | None = None
     out: Float[Tensor, "row component"] | None = None
+    written: Float[Tensor, "row component"] | None = None
+
+    @property
+    def of_inputs(self) -> bool:
+        """Whether any input has gates of its own."""
+        return any(x is not None for x in (self.q, self.k, self.v, self.mlp, self.out))
 
 
 @dataclass(frozen=True)
@@ -244,11 +251,15 @@ class _Stream:
             taken = self.removed[:, :, here]
             each = parts.shape[2] == components
             parts = parts - (taken if each else taken.sum(2, keepdim=True))
-        self.x = self.x + parts.sum(2)
         if self.gates is not None:
             old = self.gates.reference[:, here][self.gates.place]
-            self.old = self.old + old.sum(2)
-            self.new.append(parts - old)
+            if self.gates.written is not None:
+                share = self.gates.written[:, here][self.gates.row]
+                parts = torch.lerp(old, parts, share.unsqueeze(-1))
+            if self.gates.of_inputs:
+                self.old = self.old + old.sum(2)
+                self.new.append(parts - old)
+        self.x = self.x + parts.sum(2)
 
     def mixed(self, *gates: Float[Tensor, "row _ component"]) -> Tensor:
         """What inputs read: the old stream, and as much of every gap as the gates let through."""

@@ -244,12 +244,8 @@ def run_nodes(
     means = mean_outputs(model, reference, known, int(known.max()) + 1)
     row, place = row.to(model.device), place.clamp(min=0).to(model.device)
     for rows in fitting_rows(model, prompts.batch, CIRCUIT_BYTES):
-        batch, every = prompts.batch.rows(rows), []
-        for circuit in circuits:
-            gate = circuit.to(means)
-            layers = gate[:, None].expand(-1, model.n_layers, -1)
-            heads = dict.fromkeys("qkv", layers[:, :, None])
-            every.append(Gates(row[rows], means, place[rows], **heads, mlp=layers, out=gate))
+        batch, at = prompts.batch.rows(rows), (row[rows], means, place[rows])
+        every = (Gates(*at, written=circuit.to(means)) for circuit in circuits)
         found = (forward(model, batch, gates=gates) for gates in every)
         pieces.append(_answers(prompts.objective.rows(rows), found))
     return _joined_prompts(pieces)

@@ -51,7 +51,10 @@ def edge_answers(
 
 
 def circuit_answers(
-    batch: Batch, found: Answered, sizes: Mapping[str, Sequence[float]], draw: int = 0
+    batch: Batch,
+    found: Answered,
+    sizes: Mapping[str, Sequence[float] | Sequence[int]],
+    draw: int = 0,
 ) -> pd.DataFrame:
     """The table of `edge_answers` from what was found: closed, open, then the sizes by method.
 
@@ -63,7 +66,7 @@ def circuit_answers(
     closed, opened = found.F[0].numpy(), found.F[1].numpy()
     pieces, at = [], 2
     for method, each in sizes.items():
-        whole = 1.0 if all(size <= 1 for size in each) else np.inf
+        whole = np.inf if all(isinstance(size, int) for size in each) else 1.0
         for size, place in [*zip(each, range(at, at + len(each)), strict=True), (whole, 1)]:
             named = {"method": method, "draw": draw, "size": size} | shared
             values = {
