@@ -41,8 +41,8 @@ class AnswerSettings:
 
     part: float = 0.8
     least: float = 0.002
-    beam: int = 256
-    paths: int = 50
+    beam: int = 64
+    paths: int = 20
 
     def __post_init__(self) -> None:
         if not 0 < self.part < 1:

@@ -107,17 +107,18 @@ def single_edges(table: pd.DataFrame, said: str) -> alt.TopLevelMixin:
     )
 
 
-def intervals(
+def grouped_intervals(
     table: pd.DataFrame, row: str, colour: str, title: str, axis: str, what: str, at: float = 0.0
 ) -> alt.TopLevelMixin:
-    """Dots with intervals in rows, in colours and shapes. Columns: `row`, `colour`, value, low, high."""
+    """Dots with intervals in rows and colours. Columns: `row`, `colour`, value, low, high."""
     rows, kinds = distinct(table[row]), distinct(table[colour])
     base = alt.Chart(table).encode(
         alt.Y(f"{row}:N").title(None).sort(rows), alt.YOffset(f"{colour}:N").sort(kinds)
     )
     shade = alt.Color(f"{colour}:N").title(colour).scale(domain=kinds)
     points = base.mark_point(filled=True, size=60).encode(
-        alt.X("value:Q").title(axis), shade, alt.Shape(f"{colour}:N").title(colour).scale(domain=kinds),
+        alt.X("value:Q").title(axis), shade,
+        alt.Shape(f"{colour}:N").title(colour).scale(domain=kinds),
         tooltip=[f"{row}:N", f"{colour}:N", *tooltips("value", "low", "high", form=".2f")],
     )  # fmt: skip
     rules = base.mark_rule(strokeWidth=2).encode(shade, x="low:Q", x2="high:Q")
