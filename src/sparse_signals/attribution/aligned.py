@@ -77,13 +77,18 @@ class AlignedRuns:
 
     def chunks(self) -> Iterator[tuple[slice, "AlignedRuns"]]:
         """The same in pieces that fit into memory."""
-        for rows in fitting_rows(self.model, self.batch, RUNS_BYTES):
-            other = self.counterfactual
-            other = other.rows(rows) if isinstance(other, Batch) else other[rows]
-            yield (
-                rows,
-                AlignedRuns(self.model, self.batch.rows(rows), other, self.objective.rows(rows)),
-            )
+        for rows in self.fitting():
+            yield rows, self.rows(rows)
+
+    def fitting(self) -> list[slice]:
+        """Prompts that fit into memory together."""
+        return fitting_rows(self.model, self.batch, RUNS_BYTES)
+
+    def rows(self, rows: slice) -> "AlignedRuns":
+        """The same of some of the prompts."""
+        other = self.counterfactual
+        other = other.rows(rows) if isinstance(other, Batch) else other[rows]
+        return AlignedRuns(self.model, self.batch.rows(rows), other, self.objective.rows(rows))
 
     @cached_property
     def start(self) -> int:
