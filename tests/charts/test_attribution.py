@@ -10,6 +10,7 @@ import example_circuits as made_up
 from drawing import drawn, spec, title
 from sparse_signals.charts import attribution as charts
 from sparse_signals.charts import graph
+from sparse_signals.core.numbers import signed_percent
 
 BADGE = re.compile(r'class="mark-symbol role-mark layer_1_marks"[^>]*>(.*?)</g>')
 
@@ -36,7 +37,7 @@ def test_title_names_the_largest_edge_and_who_writes_the_answer(pooled):
     )
     into = pooled[pooled["downstream"] == "answer"].groupby("upstream")["share"].sum()
     first = into.abs().idxmax()
-    assert f"write above all {first} ({charts.signed_percent(into[first])})" in title(chart)
+    assert f"write above all {first} ({signed_percent(into[first])})" in title(chart)
     assert "query, key or value" in spec(chart)["description"]
 
 

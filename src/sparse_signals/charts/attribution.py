@@ -9,7 +9,7 @@ import pandas as pd
 
 from sparse_signals.charts.graph import ANSWER_NODE, Kinds, Slider, draw, largest_edge, named_nodes
 from sparse_signals.charts.style import WIDTH, distinct, finish, tooltips
-from sparse_signals.core.numbers import percent
+from sparse_signals.core.numbers import signed_percent
 
 CHANNEL_KINDS = Kinds(
     "channel",
@@ -109,11 +109,6 @@ def _slider(percents: pd.Series) -> Slider:
     step = next((n * power for n in (1, 2, 5) if n * power >= wanted), 10 * power)
     step = float(f"{step:.1g}")
     return Slider(SHARE_UNIT, step, float(f"{step * math.ceil(percents.max() / step):.6g}"))
-
-
-def signed_percent(share: float) -> str:
-    """A share as people say it, with a minus if it works against the answer: −3.1 %."""
-    return f"−{percent(-share)}" if share < 0 else percent(share)
 
 
 def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
