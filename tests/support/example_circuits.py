@@ -63,3 +63,35 @@ def prompt_edges(n: int) -> pd.DataFrame:
         up_layer=table["upstream"].map(height),
         down_layer=table["downstream"].map(height),
     )
+
+
+def answer_edges(n: int, layers: int = 4, heads: int = 6) -> pd.DataFrame:
+    """`n` pooled edges of a trace from the answer: signed shares, the answer on top."""
+    rng, height = np.random.default_rng(2), components(layers, heads)["height"]
+    height = height[height.index.str.fullmatch(r"embedding|MLP \d+|\d+\.\d+")]
+    rows = set()
+    while len(rows) < n:
+        down = "answer" if rng.random() < 0.2 else str(rng.choice(height.index[1:]))
+        top = height.get(down, float(layers))
+        up = str(rng.choice(height.index[height < top]))
+        role, dest = sorted(rng.integers(len(ROLES), size=2))
+        if down == "answer":
+            rows.add((up, ROLES[-1], "direct", down, ROLES[-1]))
+        elif down.startswith("MLP"):
+            rows.add((up, ROLES[dest], "MLP", down, ROLES[dest]))
+        else:
+            channel = str(rng.choice(["query", "key", "value"]))
+            rows.add((up, ROLES[dest if channel == "query" else role], channel, down, ROLES[dest]))
+    names = ["upstream", "role", "channel", "downstream", "dest_role"]
+    table = pd.DataFrame(sorted(rows), columns=names)
+    share = rng.gamma(0.5, 0.1, n) * rng.choice([1, 1, -1], n)
+    return table.assign(
+        up_layer=table["upstream"].map(height),
+        down_layer=table["downstream"].map(height).fillna(float(layers)),
+        prompts=np.maximum(1, (PROMPTS * rng.beta(0.5, 2, n)).astype(int)),
+        of=PROMPTS,
+        value=10 * share,
+        share=share,
+        low=share - 0.01,
+        high=share + 0.01,
+    )

@@ -16,7 +16,8 @@ from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
 from sparse_signals.core.names import DEFAULT_MODEL, MODEL_NAMES
 
 DESCRIPTION = """\
-Which slices carry the attention scores of a language model, and from which components they come.
+Which slices carry the attention scores of a language model, and from which components they come;
+which components made its answer differ from that to another prompt.
 
 Exit codes: 0 done, 2 bad usage or input, 130 stopped (finished chunks of prompts are kept).
 """
@@ -26,8 +27,9 @@ examples:
   sparse-signals signals --model smollm2-135m --prompt "The keys to the old house are here"
   sparse-signals trace --ioi 32 --top 2
   sparse-signals trace --model path/to/model --prompts prompts.csv --root 9.9 --out circuits
+  sparse-signals answer --task ioi --n 16
 
-`sparse-signals trace --help` lists the options of trace. `python -m sparse_signals` is the same.
+`sparse-signals trace --help` lists the options of trace, and so for the others. `python -m sparse_signals` is the same.
 """
 SIGNALS = """\
 Find all firings of all heads: pairs of tokens with attention and score above a bar, the first
@@ -62,6 +64,30 @@ Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2
 comes twice), S1+1 (the token after S1), end (the last token; the only role without names).
 """
 
+ANSWER = """\
+Split the difference between the answers to a prompt and to its counterfactual, another prompt of
+as many tokens, over all edges from component to component: exactly, by secants (chapter 6). Then
+keep the strongest edges that alone carry most of it.
+
+Without a counterfactual: of prompts with names, the second S becomes IO; of others the embeddings
+are compared with their mean over the prompts of as many tokens; and where a prompt has no other
+like it, every token but the first with the mean embedding of the vocabulary. Every output says so.
+
+Writes to DIR: edges.parquet, tokens.parquet and paths.parquet (every prompt), circuit.graphml,
+circuit.json and circuit.parquet (edges pooled over prompts), and answer.html to look at.
+"""
+ANSWER_EXAMPLES = """\
+examples:
+  sparse-signals answer --prompt "When Mary and John went to the store, John gave a drink to"
+  sparse-signals answer --task ioi --n 16 --kind abc --part 0.9
+  sparse-signals answer --task ioi --n 16 --at 2.4:end
+  sparse-signals answer --prompts questions.csv --least 0.01
+  sparse-signals answer --model smollm2-135m --prompt "The keys to the old house" \\
+      --answer are --wrong is --counterfactual "The key to the old house"
+
+An answer is the token that comes next: a word, several with | between them, or #1234, a number.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -80,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given and (options.top or options.pooled):
             name = "--top" if options.top else "--pooled"
             parser.error(f"{name} chooses the roots: leave it out, or --root and --firing")
-        from sparse_signals.app.commands import execute
-
+        if options.command == "answer":
+            from sparse_signals.app.answering import execute_answer as execute
+        else:
+            from sparse_signals.app.commands import execute
         execute(options, started)
     except UsageError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -93,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of both commands."""
+    """The parser of all commands."""
     parser = _parser(_Parser, DESCRIPTION, EXAMPLES, prog=PROGRAM)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     signals = _parser(
@@ -116,6 +144,15 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(signals, "1")
     _add_settings(trace, "all")
     _add_trace_settings(trace)
+    answer = _parser(
+        commands.add_parser,
+        ANSWER,
+        ANSWER_EXAMPLES,
+        name="answer",
+        help="which components made the answer differ from that to another prompt",
+    )
+    _add_questions(answer)
+    _add_answer_settings(answer)
     return parser
 
 
@@ -132,12 +169,7 @@ def _parser(
 
 
 def _add_input(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        metavar="NAME_OR_DIR",
-        help=f"{', '.join(MODEL_NAMES)}, or a directory in Hugging Face format (default: the "
-        f"environment variable MODEL, or {DEFAULT_MODEL}, which is shipped)",
-    )
+    _add_model(command)
     group = command.add_argument_group("prompts (one of the three)")
     group = group.add_mutually_exclusive_group()
     group.add_argument(
@@ -159,11 +191,54 @@ def _add_input(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", metavar="S", type=int, default=0, help="which --ioi prompts are drawn (default 0)"
     )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="NAME_OR_DIR",
+        help=f"{', '.join(MODEL_NAMES)}, or a directory in Hugging Face format (default: the "
+        f"environment variable MODEL, or {DEFAULT_MODEL}, which is shipped)",
+    )
     command.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
         help="put the beginning-of-sequence token in front of every prompt, or not (default: "
         "where the model had it in training)",
+    )
+
+
+def _add_questions(answer: argparse.ArgumentParser) -> None:
+    _add_model(answer)
+    group = answer.add_argument_group("prompts (one of the three)")
+    ways = group.add_mutually_exclusive_group()
+    ways.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
+    ways.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help=".txt with a prompt a line, or .csv with a column text and, if known, answer, wrong, "
+        "counterfactual, io and s",
+    )
+    ways.add_argument(
+        "--task",
+        metavar="NAME",
+        default="ioi",
+        help="prompts of a task that is built in: ioi, greater-than, pronouns, induction, "
+        "agreement (default: ioi)",
+    )
+    for name, text in (
+        ("answer", "what is right after --prompt (default: IO of prompts with names, or what the "
+         "model finds likeliest); once for each prompt"),
+        ("wrong", "what is wrong (default: S, or nothing, and then ln P(answer) is asked)"),
+        ("counterfactual", "what the prompt is compared with, of as many tokens"),
+    ):  # fmt: skip
+        group.add_argument(f"--{name}", metavar="TEXT", action="append", help=text)
+    group = answer.add_argument_group("prompts of a task")
+    group.add_argument("--n", metavar="N", type=count, default=64, help="how many (default: 64)")
+    group.add_argument("--kind", help="the kind of counterfactual, as ioi has flip and abc")
+    group.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="which are drawn (default: 0)"
     )
 
 
@@ -225,13 +300,17 @@ def _add_settings(command: argparse.ArgumentParser, every: str) -> None:
         help="share of the score that a support exceeds, whose slices alone count, or all, for "
         f"every slice (default: {every})",
     )
+    _add_output(group, "sparse-signals-out")
+
+
+def _add_output(group: argparse._ArgumentGroup, folder: str) -> None:
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     group.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("sparse-signals-out"),
-        help="folder for the files, which replace older ones (default: sparse-signals-out)",
+        default=Path(folder),
+        help=f"folder for the files, which replace older ones (default: {folder})",
     )
     group.add_argument(
         "--quiet", action="store_true", help="print errors only: no progress, no summary"
@@ -261,6 +340,39 @@ def _add_trace_settings(trace: argparse.ArgumentParser) -> None:
         "without each of them, exact shares times what the answer hears of the score (for prompts "
         "with two names), or the paper's weights, heads only",
     )
+
+
+def _add_answer_settings(answer: argparse.ArgumentParser) -> None:
+    group = answer.add_argument_group("settings")
+    group.add_argument(
+        "--at",
+        metavar="NODE:TOKEN",
+        type=node,
+        help="ask what reaches this node for the answer, instead of the answer: 2.4:end, "
+        "'MLP 1:S2', a role or a position",
+    )
+    group.add_argument(
+        "--part",
+        metavar="F",
+        type=number,
+        default=0.8,
+        help="part of the difference that the edges kept are to carry alone (default: 0.8)",
+    )
+    group.add_argument(
+        "--least",
+        metavar="F",
+        type=number,
+        default=0.002,
+        help="shares of the difference below it are not looked at (default: 0.002)",
+    )
+    group.add_argument(
+        "--paths",
+        metavar="N",
+        type=count,
+        default=50,
+        help="whole paths to keep for every prompt (default: 50)",
+    )
+    _add_output(group, "sparse-signals-answer")
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -311,3 +423,14 @@ def firing(text: str) -> tuple[int | str, ...]:
             " as in 9.6:end:IO"
         )
     return (*root(head), *(int(place) if place.isdecimal() else place for place in places))
+
+
+def node(text: str) -> tuple[str, int | str]:
+    """Component and place of "2.4:end", "MLP 1:S2" or "2.4:14"."""
+    match = re.fullmatch(r"(\d+\.\d+|[Mm][Ll][Pp] ?(\d+)):(.+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no node: write layer.head:token or MLP layer:token, as in 2.4:end"
+        )
+    component = f"MLP {match[2]}" if match[2] else match[1]
+    return component, int(match[3]) if match[3].isdecimal() else match[3]

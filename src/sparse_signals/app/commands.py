@@ -9,18 +9,21 @@ import tempfile
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
+from sparse_signals.attribution.aligned import ShareError
+from sparse_signals.attribution.tables import AnswerSettings
 from sparse_signals.core.checkpoints import ModelError
 from sparse_signals.core.model import Model, load_model
 from sparse_signals.core.numbers import fmt
@@ -61,6 +64,11 @@ NO_MEMORY = re.compile("out of memory|(not|n't) (enough|allocate) memory", re.IG
 FILES = {
     "signals": ["firings.parquet"],
     "trace": ["edges.parquet", *(f"circuit{suffix}" for suffix in FORMATS)],
+    "answer": [
+        *(f"{name}.parquet" for name in ("edges", "tokens", "paths")),
+        *(f"circuit{suffix}" for suffix in FORMATS[:-1]),
+        "answer.html",
+    ],
 }
 STRONGEST = ["upstream", "role", "downstream", "side", "dest_role", "src_role"]
 
@@ -72,7 +80,7 @@ class Job:
     options: Namespace
     model: Model
     batch: Batch
-    settings: Settings
+    settings: Settings | AnswerSettings
     out: Path
     started: float
 
@@ -95,10 +103,18 @@ class Job:
 
 def execute(options: Namespace, started: float) -> None:
     """Do what the command line says. Raises UsageError for bad input, in one line."""
+    with in_one_line():
+        work = run_signals if options.command == "signals" else run_trace
+        carry_out(understand(options, started), work)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Errors that users can do something about come as UsageError, in one line."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or a failed download warns six times
     try:
-        carry_out(understand(options, started))
-    except (ModelError, PromptError, TraceError, OSError) as error:
+        yield
+    except (ModelError, PromptError, TraceError, ShareError, OSError) as error:
         raise UsageError(str(error)) from error
     except UnicodeError as error:
         raise UsageError(f"not text in UTF-8: {error}") from error
@@ -108,23 +124,23 @@ def execute(options: Namespace, started: float) -> None:
         raise UsageError("out of memory: shorten the prompts, or take a smaller model") from error
 
 
-def carry_out(job: Job) -> None:
-    """Run the command, and remove its finished chunks unless they are of use another time."""
+def carry_out(job: Job, work: Callable[[Any], str]) -> None:
+    """Run the command, print the summary, and remove its finished chunks unless they are of use another time."""
     try:
         with alone_in(job.partial):
             remove_leftovers(job.out / name for name in FILES[job.options.command])
-            summary = work(job)
+            summary = finished(job, work)
     finally:
         remove_empty(job.partial.parent)
     if not job.options.quiet:
         print(summary)
 
 
-def work(job: Job) -> str:
+def finished(job: Job, work: Callable[[Any], str]) -> str:
     """Run the command and return its summary."""
     try:
-        summary = run_signals(job) if job.options.command == "signals" else run_trace(job)
-    except (PromptError, TraceError, UsageError):  # would come again
+        summary = work(job)
+    except (PromptError, TraceError, ShareError, UsageError):  # would come again
         remove_partial(job)
         raise
     except KeyboardInterrupt:
@@ -158,15 +174,20 @@ def remove_empty(folder: Path) -> None:
 
 def understand(options: Namespace, started: float) -> Job:
     """Load the model, read the prompts, open the folder."""
-    settings = read_settings(options)
-    model = load_model(options.model, dtype=getattr(torch, options.dtype))
-    if model.tokenizer is None:
-        raise UsageError(f"{model.name} has no tokenizer: put its tokenizer.json beside the model")
+    settings, model = read_settings(options), open_model(options)
     table = prompt_table(options, model)
     batch = plain_batch(model, table, options)
     if options.command == "trace":
         batch = named_batch(model, table, batch, options)
     return Job(options, model, batch, settings, open_folder(options.out), started)
+
+
+def open_model(options: Namespace) -> Model:
+    """The model of the command line, with its tokenizer."""
+    model = load_model(options.model, dtype=getattr(torch, options.dtype))
+    if model.tokenizer is None:
+        raise UsageError(f"{model.name} has no tokenizer: put its tokenizer.json beside the model")
+    return model
 
 
 def read_settings(options: Namespace) -> Settings:
@@ -206,11 +227,23 @@ def prompt_table(options: Namespace, model: Model) -> pd.DataFrame:
 
 def plain_batch(model: Model, prompts: pd.DataFrame, options: Namespace) -> Batch:
     """Prompts as tokens; only "end" is known of them, whatever names they have."""
+    with warnings_said(options):
+        return encode(model, prompts[["text"]], bos=options.bos)
+
+
+@contextmanager
+def warnings_said(options: Namespace) -> Iterator[None]:
+    """Warnings come as lines of this program, or not at all with --quiet."""
     with warnings.catch_warnings(record=True, action="always") as caught:
-        batch = encode(model, prompts[["text"]], bos=options.bos)
-    for warning in [] if options.quiet else caught:
-        print(f"{PROGRAM}: {warning.message}", file=sys.stderr)
-    return batch
+        yield
+    for line in dict.fromkeys(str(warning.message) for warning in caught):
+        say(options, line)
+
+
+def say(options: Namespace, line: str) -> None:
+    """A line on what users should know, unless they want quiet."""
+    if not options.quiet:
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
 
 
 def named_batch(model: Model, prompts: pd.DataFrame, plain: Batch, options: Namespace) -> Batch:
@@ -253,7 +286,7 @@ def run_signals(job: Job) -> str:
     path = job.out / "firings.parquet"
     stream_parquet((piece["firings"] for piece in pieces), path, lists=["support"])
     errors = pd.read_parquet(path, columns=["error"])["error"]
-    return _outcome(job, f"{len(errors):,} firings", errors, [path])
+    return outcome(job, f"{len(errors):,} firings", errors, [path])
 
 
 def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.DataFrame:
@@ -312,7 +345,7 @@ def run_trace(job: Job) -> str:
     shown = ", ".join(map(str, roots[:5])) + (f" and {len(roots) - 5} more" * (len(roots) > 5))
     found = f"{len(traced.firings):,} firings and {len(traced.edges):,} edges from {shown}"
     errors = traced.firings.get("error", pd.Series(dtype=float))
-    return f"{_outcome(job, found, errors, paths)}\n{strongest_edges(circuit)}"
+    return f"{outcome(job, found, errors, paths)}\n{strongest_edges(circuit)}"
 
 
 def choose_roots(job: Job) -> list[Root]:
@@ -368,7 +401,8 @@ def trace_table(traced: Trace) -> pd.DataFrame:
 # --- summaries -----------------------------------------------------------------------------------
 
 
-def _outcome(job: Job, found: str, errors: pd.Series, paths: Sequence[Path]) -> str:
+def outcome(job: Job, found: str, errors: pd.Series, paths: Sequence[Path]) -> str:
+    """What was found, how long it took, how well sums add up, and the files."""
     seconds, n = time.perf_counter() - job.started, len(job.batch.tokens)
     prompts = f"{n:,} prompt{'s' if n > 1 else ''}"
     lines = [f"{job.model.name}, {prompts}: {found}, in {seconds:.1f} s"]

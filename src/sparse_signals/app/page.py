@@ -1,9 +1,11 @@
-"""A traced circuit as one HTML file: the graph, its table of edges, what was traced and how.
+"""A circuit as one HTML file: the graph, its table of edges, what was traced and how.
 
 The file opens from a disk, asks no host for anything, and keeps its state in its address.
 """
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,43 +15,161 @@ import pandas as pd
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sparse_signals.charts.attribution import (
+    answer_graph,
+    answer_prompt_graph,
+    named_answer_edges,
+)
 from sparse_signals.charts.style import VEGA_LITE, specification
-from sparse_signals.charts.tracing import circuit_graph, named_edges
-from sparse_signals.core.numbers import fmt, rounded
+from sparse_signals.charts.tracing import ORDER, circuit_graph, named_edges
+from sparse_signals.core.numbers import fmt, rounded, signed_percent
 from sparse_signals.core.resume import atomic
 from sparse_signals.tracing.circuit import Circuit
 
-TEXTS = {  # columns of the table: key, which the address uses, and heading
-    "upstream": "writer",
-    "at": "writes at",
-    "side": "side",
-    "downstream": "reader",
-    "dest": "reads at",
-    "source": "attends to",
-}
-NUMBERS = {"prompts": "prompts", "weight": "weight", "low": "95 % interval", "share": "share"}
+MOST_EDGES = 400  # of a trace from the answer, on its page; the files have all
 PAGES = Environment(
     loader=PackageLoader("sparse_signals", "assets"), autoescape=True, undefined=StrictUndefined
 )
 PAGES.filters["fmt"] = fmt
+PAGES.filters["percent"] = signed_percent
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of edges: what the address calls it, and its heading.
+
+    Of numbers, `show` says how a row shows it, and `by` what it is sorted by (None: itself).
+    """
+
+    key: str
+    heading: str
+    show: Callable[[dict[str, Any]], str] | None = None
+    by: Callable[[dict[str, Any]], float] | None = None
+
+    def text(self, row: dict[str, Any]) -> str:
+        """What stands in a row."""
+        return row[self.key] if self.show is None else self.show(row)
+
+    def value(self, row: dict[str, Any]) -> float:
+        """What a row is sorted by."""
+        return row[self.key] if self.by is None else self.by(row)
+
+
+@dataclass(frozen=True)
+class EdgeTable:
+    """A graph and the table of its edges, as a page shows them."""
+
+    spec: dict[str, Any]
+    columns: Sequence[Column]
+    rows: list[dict[str, Any]]
+    sort: str
+    caption: str
+
+    @property
+    def script(self) -> str:
+        """The graph for a script element."""
+        return script_json(self.spec)
+
+
+def number(key: str, heading: str) -> Column:
+    """A column of numbers."""
+    return Column(key, heading, lambda row: fmt(row[key]))
+
+
+def share(key: str, heading: str) -> Column:
+    """A column of shares, sorted by size."""
+    return Column(key, heading, lambda row: signed_percent(row[key]), lambda row: abs(row[key]))
+
+
+ENDS = (
+    Column("upstream", "writer"),
+    Column("at", "writes at"),
+    Column("downstream", "reader"),
+    Column("dest", "reads at"),
+)
+SCORE_COLUMNS = (
+    *ENDS[:2],
+    Column("side", "side"),
+    *ENDS[2:],
+    Column("source", "attends to"),
+    number("prompts", "prompts"),
+    number("weight", "weight"),
+    Column(
+        "low",
+        "95 % interval",
+        lambda row: f"{fmt(row['low'])} to {fmt(row['high'])}",
+        lambda row: row["low"],
+    ),
+    number("share", "share"),
+)
+ANSWER_ENDS = (
+    *ENDS[:2],
+    Column("channel", "as"),
+    *ENDS[2:],
+    share("share", "share"),
+)
+POOLED_COLUMNS = (
+    *ANSWER_ENDS,
+    Column(
+        "low",
+        "95 % interval",
+        lambda row: f"{signed_percent(row['low'])} to {signed_percent(row['high'])}",
+        lambda row: row["low"],
+    ),
+    number("value", "value"),
+    number("prompts", "prompts"),
+)
+PROMPT_COLUMNS = (*ANSWER_ENDS, share("of_node", "of its reader"), number("value", "value"))
+
+
+def edge_table(edges: pd.DataFrame) -> EdgeTable:
+    """The pooled edges of a circuit: of scores, or, with a column channel, of a whole answer."""
+    if "channel" in edges:
+        return answer_table(edges)
+    table = rounded(named_edges(edges)).sort_values("prompts", ascending=False, kind="stable")
+    caption = (
+        f"Prompts are of {fmt(edges['of'].max())}; weight is the mean contribution to the score "
+        "(as it enters the softmax, if weighting is exact), share its part of the side's sum."
+    )
+    spec = specification(circuit_graph(edges))
+    return EdgeTable(spec, SCORE_COLUMNS, table.to_dict("records"), "-prompts", caption)
+
+
+def answer_table(edges: pd.DataFrame, tokens: Sequence[str] | None = None) -> EdgeTable:
+    """The largest edges of a trace from the answer: pooled, or with tokens those of one prompt.
+
+    The caption says how many are left out.
+    """
+    some = edges.loc[edges["share"].abs().nlargest(MOST_EDGES).index]
+    table = rounded(named_answer_edges(some, tokens)).to_dict("records")
+    left = f"The {len(some)} largest of {len(edges):,} edges. " if len(some) < len(edges) else ""
+    caption = (
+        f"{left}Value is in units of F, share of the difference between the two answers; minus "
+        "works against the answer. Sorting by a share goes by its size. Edges into the same reader "
+        "add up, along a path they do not: what MLP 0 gets, it passes on."
+    )
+    if tokens is None:
+        caption += f" Prompts are of {fmt(edges['of'].max())}."
+        spec = specification(answer_graph(some, ORDER))
+        return EdgeTable(spec, POOLED_COLUMNS, table, "-share", caption)
+    spec = specification(answer_prompt_graph(some, tokens))
+    return EdgeTable(spec, PROMPT_COLUMNS, table, "-share", caption)
 
 
 def write_page(path: Path | str, edges: pd.DataFrame, *, title: str, facts: dict[str, str]) -> Path:
     """Write the pooled circuit as a self-contained page, and return its path.
 
-    `edges` is the table that `circuit_graph` draws. `facts` says what was traced and how: names
-    and values, shown below the title. The file appears whole or not at all.
+    `edges` is the table that `circuit_graph` draws, or `answer_graph`. `facts` says what was traced
+    and how: names and values, shown below the title. The file appears whole or not at all.
     Raises ValueError when there are no edges, OSError when the file cannot be written.
     """
-    table = rounded(named_edges(edges)).sort_values("prompts", ascending=False, kind="stable")
-    page = PAGES.get_template("circuit.html").render(
-        title=title,
-        facts=facts,
-        of=edges["of"].max(),
-        edges=table.to_dict("records"),
-        texts=TEXTS,
-        numbers=NUMBERS,
-        spec=script_json(specification(circuit_graph(edges))),
+    return fill_page(path, "circuit.html", title=title, facts=facts, edges=edge_table(edges))
+
+
+def fill_page(path: Path | str, template: str, **values: Any) -> Path:
+    """Write a page by its template; script and style are in it."""
+    page = PAGES.get_template(template).render(
+        **values,
         vega=vega_script(),
         style=_asset("circuit.css"),
         script=_asset("circuit.js"),

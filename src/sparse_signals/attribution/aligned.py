@@ -69,15 +69,20 @@ class AlignedRuns:
 
     def chunks(self) -> Iterator[tuple[slice, "AlignedRuns"]]:
         """The same in pieces that fit into memory, without the padding that none of them needs."""
-        for rows in fitting_rows(self.model, self.batch, RUNS_BYTES):
-            stop = int(self.batch.last[rows].max()) + 1
-            some = self.counterfactual
-            if isinstance(some, Batch):
-                some = some.rows(rows).positions(0, stop)
-            else:
-                some = some[rows, :stop]
-            batch = self.batch.rows(rows).positions(0, stop)
-            yield rows, AlignedRuns(self.model, batch, some, self.objective.rows(rows))
+        for rows in self.fitting():
+            yield rows, self.rows(rows)
+
+    def fitting(self) -> list[slice]:
+        """Prompts that fit into memory together."""
+        return fitting_rows(self.model, self.batch, RUNS_BYTES)
+
+    def rows(self, rows: slice) -> "AlignedRuns":
+        """The same of some of the prompts, without the padding that none of them needs."""
+        stop, other = int(self.batch.last[rows].max()) + 1, self.counterfactual
+        is_batch = isinstance(other, Batch)
+        some = other.rows(rows).positions(0, stop) if is_batch else other[rows, :stop]
+        batch = self.batch.rows(rows).positions(0, stop)
+        return AlignedRuns(self.model, batch, some, self.objective.rows(rows))
 
     @property
     def stop(self) -> int:

@@ -6,22 +6,24 @@ keys, values, MLPs and direct writing, each edge with its exact share of the dif
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from sparse_signals.attribution.aligned import AlignedRuns, Counterfactual, ShareError
-from sparse_signals.attribution.tables import AnswerSettings, Asked, tables_of
+from sparse_signals.attribution.tables import AnswerSettings, Asked, role_names, tables_of
 from sparse_signals.core.model import Model
 from sparse_signals.core.objective import Objective
-from sparse_signals.core.prompts import Batch, roles_of
+from sparse_signals.core.prompts import Batch
+from sparse_signals.core.resume import Tables, chunked
 from sparse_signals.core.stats import DRAWS, bounds, resample
 
 EDGE_KEY = ["upstream", "role", "channel", "downstream", "dest_role"]
+SHARES = ("value", "share", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class AnswerTrace:
     "direct"), downstream, dest (where that writes), value, share, of_node (value over the sum of
     sizes of all edges into the same node), strength, graph (whether it is in the graph; the others
     have at least `AnswerSettings.least`), up_layer and down_layer (heights in a chart).
-    tokens: prompt, pos, token, counterfactual, value, share: what the embedding of a token has.
-    paths: prompt, path (number), value, share, length, text: the largest, from token to answer.
+    tokens: prompt, pos, token, value, share: what the embedding of a token has.
+    paths: prompt, pos (of its token), path (number), value, share, steps, text, and roles, the text
+    with roles in the place of tokens: the largest, from token to answer.
     comparisons: what heads in the graph compare, see `signals.compare_scores`, with share.
     """
 
@@ -117,9 +120,41 @@ class AnswerTrace:
         role = pd.Series(roles[self.tokens["prompt"], self.tokens["pos"]])
         number, names = role.factorize()
         found = self._shares(self.tokens, number, len(names), clusters, draws, seed)
-        columns = dict(zip(("value", "share", "low", "high"), found, strict=True))
+        columns = dict(zip(SHARES, found, strict=True))
         table = pd.DataFrame({"role": names} | columns)
-        return table[table["value"] != 0].sort_values("share", key=abs, ascending=False)
+        table = table[table["value"] != 0]
+        return table.sort_values("share", key=abs, ascending=False, ignore_index=True)
+
+    def pooled_paths(
+        self, clusters: Iterable[int] | None = None, draws: int = DRAWS, seed: int = 0
+    ) -> pd.DataFrame:
+        """Paths by the roles of their tokens, over prompts: text, prompts, value, share, low, high.
+
+        A path counts as 0 in a prompt where it is not among the largest, `AnswerSettings.paths`.
+        """
+        groups = self.paths.groupby("roles", sort=False)
+        number, table = groups.ngroup().to_numpy(), groups.agg(prompts=("prompt", "nunique"))
+        found = self._shares(self.paths, number, len(table), clusters, draws, seed)
+        columns = dict(zip(SHARES, found, strict=True))
+        table = table.assign(**columns).rename_axis("text").reset_index()
+        return table.sort_values("share", key=abs, ascending=False, ignore_index=True)
+
+    def pooled_comparisons(self) -> pd.DataFrame:
+        """What heads compare, by the roles of both tokens, over prompts.
+
+        name, dest_role, src_role, prompts, attention and other (means over these prompts, in x and
+        x′), share (Σ value / ΣΔF), size (median number of slices that carry the change).
+        """
+        roles, table = role_names(self.batch), self.comparisons
+        ends = {f"{end}_role": roles[table["prompt"], table[end]] for end in ("dest", "src")}
+        groups = table.assign(**ends).groupby(["name", *ends], sort=False)
+        found = groups.agg(
+            prompts=("prompt", "nunique"), attention=("attention", "mean"),
+            other=("other", "mean"), share=("value", "sum"), size=("size", "median"),
+        ).reset_index()  # fmt: skip
+        whole = self.prompts.loc[~self.prompts["flat"], "difference"].sum()
+        found = found.assign(share=found["share"] / whole)
+        return found.sort_values("share", key=abs, ascending=False, ignore_index=True)
 
 
 @torch.no_grad()
@@ -131,6 +166,7 @@ def trace_answer(
     objective: Objective | None = None,
     asked: Asked | None = None,
     settings: AnswerSettings = AnswerSettings(),
+    folder: Path | None = None,
     progress: bool = False,
     **facts: str,
 ) -> AnswerTrace:
@@ -138,7 +174,8 @@ def trace_answer(
 
     `objective`: F, None: logit(IO) − logit(S). `asked`: F is what this node writes, instead.
     `counterfactual`: prompts x′, aligned with x token by token, or vectors in the place of their
-    embeddings (`reference_mean`). `facts` go into the trace.
+    embeddings (`reference_mean`). `folder`: where finished chunks are kept, as `chunked` does.
+    `facts` go into the trace.
     Raises ShareError where F differs in no prompt, or shares do not add up, and as `edge_shares`.
 
     >>> from dataclasses import replace
@@ -150,13 +187,15 @@ def trace_answer(
     True
     """
     whole = AlignedRuns.of(model, batch, counterfactual, objective)
-    found: dict[str, list[pd.DataFrame]] = {}
-    chunks = list(whole.chunks())
-    for rows, runs in tqdm(chunks, disable=not progress, unit="chunk"):
-        for name, table in tables_of(runs, asked, settings).items():
+
+    def work(rows: slice) -> Tables:
+        tables = tables_of(whole.rows(rows), asked, settings)
+        for table in tables.values():
             table.insert(0, "prompt", table.pop("prompt") + rows.start)
-            found.setdefault(name, []).append(table)
-    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        return tables
+
+    parts = list(chunked(whole.fitting(), work, folder=folder, progress=progress))
+    joined = {name: pd.concat([x[name] for x in parts], ignore_index=True) for name in parts[0]}
     if joined["prompts"]["flat"].all():
         what = "the answer" if asked is None else str(asked)
         raise ShareError(
@@ -194,9 +233,13 @@ def reference_mean(
     return (total / count.to(total)[:, None, None])[number]
 
 
-def role_names(batch: Batch) -> np.ndarray:
-    """The roles of every token as one name, "IO+1, S1-1": an array of names [prompt, pos]."""
-    joined = roles_of(batch).groupby(["prompt", "pos"])["role"].agg(lambda x: ", ".join(sorted(x)))
-    prompts, length = batch.tokens.shape
-    places = pd.MultiIndex.from_product([range(prompts), range(length)])
-    return joined.reindex(places).to_numpy().reshape(prompts, length)
+def vocabulary_mean(model: Model, batch: Batch) -> Float[Tensor, "prompt pos d"]:
+    """Vectors to compare a prompt with of which nothing is known, not even others of its form.
+
+    At every place but the first the mean embedding of all words: what a prompt says, against
+    nothing in particular. The first token stays, since much attention rests on it in any prompt.
+    """
+    words = model.bridge.embed.W_E
+    vectors = words.mean(0).expand(*batch.tokens.shape, -1).clone()
+    vectors[:, 0] = words[batch.tokens[:, 0].to(model.device)]
+    return vectors

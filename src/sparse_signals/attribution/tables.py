@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,7 @@ from sparse_signals.attribution.paths import Ways, find_paths
 from sparse_signals.attribution.readers import Node, Readers
 from sparse_signals.attribution.signals import compare_scores
 from sparse_signals.core.model import Model
+from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.tracing.roots import position_of
 
 CHANNELS = ("query", "key", "value", "MLP", "direct")
@@ -216,26 +218,41 @@ def _path_table(
 ) -> pd.DataFrame:
     """The largest paths of every prompt in words, from the token to the answer."""
     ends = ends[ranks(ways.prompt[ends], ways.value[ends].abs()) < n]
-    names, _ = _names(runs.model)
+    (names, _), roles = _names(runs.model), role_names(runs.batch)
     rows, number, before = [], ways.number.tolist(), ways.before.tolist()
     token, kind = (ways.token + runs.start).tolist(), ways.kind.tolist()
     for end in ends.tolist():
-        prompt, step, words = int(ways.prompt[end]), end, []
-        while step >= 0 and number[step] != READ_OUT:
-            label = runs.batch.labels[prompt][token[step]].strip()
-            words.append(f"{names[number[step]]} at {label}")
-            if kind[step] >= 0:
-                words.append(f"→ {CHANNELS[kind[step]]} of")
-            step = before[step]
-        text = " ".join([*words, "the answer"] if step >= 0 else words)
-        rows.append((prompt, token[end], text, len(words) // 2))
-    table = pd.DataFrame(rows, columns=["prompt", "pos", "text", "steps"])
+        prompt, steps = int(ways.prompt[end]), [end]
+        while (step := before[steps[-1]]) >= 0:
+            steps.append(step)
+        places = [token[step] for step in steps]
+        labels = [f"{pos} {runs.batch.labels[prompt][pos].strip()}" for pos in places]
+        own = [roles[prompt, pos] for pos in places]
+        components = [ANSWER if number[step] == READ_OUT else names[number[step]] for step in steps]
+        channels = [CHANNELS[kind[step]] for step in steps[:-1]]
+        texts = (in_words(components, channels, at) for at in (labels, own))
+        rows.append((prompt, token[end], *texts, len(channels)))
+    table = pd.DataFrame(rows, columns=["prompt", "pos", "text", "roles", "steps"])
     value = ways.value[ends]
     table["value"] = value.cpu().numpy()
     table["share"] = (value / whole[ways.prompt[ends]]).cpu().numpy()
     order = ["prompt", "share"]
     table = table.sort_values(order, ascending=[True, False], key=abs, kind="stable")
     return table.assign(path=table.groupby("prompt").cumcount())
+
+
+def in_words(components: list[str], channels: list[str], places: list[str]) -> str:
+    """A path: components at places, and what each one is for the next.
+
+    >>> in_words(["embedding", "0.1", "answer"], ["query", "direct"], ["10 John", "14 to", "end"])
+    'embedding at 10 John → query of 0.1 at 14 to → answer'
+    """
+    first, *later = (f"{name} at {at}" for name, at in zip(components, places, strict=True))
+    steps = [
+        ANSWER if channel == "direct" else f"{'' if channel == 'MLP' else f'{channel} of '}{name}"
+        for channel, name in zip(channels, later, strict=True)
+    ]
+    return " → ".join([first, *steps])
 
 
 def _comparison_table(
@@ -255,3 +272,11 @@ def _comparison_table(
     table = compare_scores(runs, found, nodes)
     share = table["value"] / whole.cpu().numpy()[table["prompt"]]
     return table.assign(share=share)
+
+
+def role_names(batch: Batch) -> np.ndarray:
+    """The roles of every token as one name, "IO+1, S1-1": an array of names [prompt, pos]."""
+    joined = roles_of(batch).groupby(["prompt", "pos"])["role"].agg(lambda x: ", ".join(sorted(x)))
+    prompts, length = batch.tokens.shape
+    places = pd.MultiIndex.from_product([range(prompts), range(length)])
+    return joined.reindex(places).to_numpy().reshape(prompts, length)

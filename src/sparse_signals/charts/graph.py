@@ -188,9 +188,7 @@ def draw(
     """
     nodes = _nodes(table)
     layout = lay_out(nodes, columns)
-    about, shown = (
-        [tip.shorthand.split(":")[0] for tip in part] for part in (kinds.about, tips)
-    )
+    about, shown = ([tip.shorthand.split(":")[0] for tip in part] for part in (kinds.about, tips))
     ends = ["writer", "reader", kinds.field, *about]
     kept = [*ends, "percent", kinds.size, "share", "lane", *shown]
     data = table[distinct(kept)]
@@ -344,8 +342,7 @@ def _bent(data: pd.DataFrame, layout: Layout, kinds: Kinds) -> alt.Chart:
         .transform_lookup("writer", places, as_=["x0", "y0", "column0"])
         .transform_lookup("reader", places, as_=["x1", "y1", "column1"])
         .transform_calculate(
-            bend="datum.column0 !== datum.column1 ? 6 * datum.lane : "
-            f"{right} ? {bend} : -{bend}"
+            bend=f"datum.column0 !== datum.column1 ? 6 * datum.lane : {right} ? {bend} : -{bend}"
         )
     )
 

@@ -44,6 +44,11 @@ def percent(share: float) -> str:
     return f"{number}\u00a0%"  # a line never breaks there
 
 
+def signed_percent(share: float) -> str:
+    """A share that may be negative, as people say it: −0.031 is "−3 %"."""
+    return f"−{percent(-share)}" if share < 0 else percent(share)
+
+
 def round_significant(value: Any, digits: int = 4) -> Any:
     """A float at `digits` significant digits, |x| < 1e-12 and −0 as 0.0; anything else as it is."""
     if not is_number(value) or isinstance(value, Integral) or not np.isfinite(value):

@@ -137,6 +137,12 @@ def next_tokens(item: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> l
     return found
 
 
+def answer_words(ids: list[int], tokenizer: "PreTrainedTokenizerBase", most: int = 3) -> str:
+    """Right or wrong tokens as text: the first few, with | between them."""
+    words = [tokenizer.decode([token]).strip() for token in ids[:most]]
+    return " | ".join([*words, "…"] if len(ids) > most else words)
+
+
 class _Tokens:
     """The tokens of the items of a table, and which of these are not whole."""
 

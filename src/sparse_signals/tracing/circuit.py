@@ -41,7 +41,8 @@ class Circuit:
     edges: upstream, downstream, side, dest_role, src_role, role (of the token where upstream
     writes), up_layer, down_layer, prompts (distinct ones with the edge), of (prompts traced),
     prompts_low, prompts_high, weight (mean over these prompts), low, high (95 % bootstrap over
-    prompts), spread (standard deviation), share (mean share of its side). Strongest first.
+    prompts), spread (standard deviation), share (mean share of its side). Strongest first. Of a
+    trace from the answer (chapter 6) they are the columns of `AnswerTrace.pool`; files take any.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -150,10 +151,13 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_graph(circuit: Circuit) -> nx.MultiDiGraph:
-    """Nodes "component@role" (component, role, height); every column of an edge is an attribute."""
+    """Nodes "component@role" (component, role, height); every column of an edge is an attribute.
+
+    So is its place in the table, rank.
+    """
     graph = nx.MultiDiGraph()
     graph.graph.update(circuit.facts)
-    for row in circuit.edges.to_dict("records"):
+    for row in circuit.edges.assign(rank=range(len(circuit.edges))).to_dict("records"):
         ends = []
         for component, role, height in (
             (row["upstream"], row["role"], row["up_layer"]),
@@ -169,7 +173,8 @@ def from_graph(graph: nx.MultiDiGraph) -> Circuit:
     """The circuit that `to_graph` made the graph of."""
     rows = [attributes for _, _, attributes in graph.edges(data=True)]
     facts = {name: value for name, value in graph.graph.items() if isinstance(value, str)}
-    return Circuit(_sorted(pd.DataFrame(rows)), facts)  # GraphML adds defaults that are no facts
+    table = pd.DataFrame(rows).sort_values("rank", ignore_index=True).drop(columns="rank")
+    return Circuit(table, facts)  # GraphML adds defaults that are no facts
 
 
 def write_circuit(circuit: Circuit, path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Charts of traces from the answer: the graph of what made it differ, and which tokens it is."""
+
+import math
+from collections.abc import Sequence
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from sparse_signals.charts.graph import ANSWER_NODE, Kinds, Slider, draw, largest_edge, named_nodes
+from sparse_signals.charts.style import WIDTH, distinct, finish, tooltips
+from sparse_signals.core.numbers import signed_percent
+
+CHANNEL_KINDS = Kinds(
+    "channel",
+    "arrives as",
+    {"query": [6, 2], "key": [2, 2], "value": [1, 0], "MLP": [8, 2, 2, 2], "direct": [12, 3]},
+    ("MLP", "direct"),
+    "size",
+    "share of the difference",
+    "Colour and dashes tell what an edge changes in its reader: the query, key or value of a head, "
+    "the input of an MLP, or the answer directly. Its thickness is its share of the difference "
+    "between the two answers.",
+)
+SHARE_UNIT = "% of the difference"
+SIGNED_SHARE = alt.Tooltip("share:Q", format="+.1%", title="share of the difference")
+STEPS = 100  # of the slider, about
+NAMED_WRITERS = 3
+
+
+def answer_graph(edges: pd.DataFrame, order: Sequence[str] = ()) -> alt.TopLevelMixin:
+    """The edges that made the answer differ, pooled over prompts: columns are token roles.
+
+    `edges`: upstream, role, channel ("query", "key", "value", "MLP", "direct"), downstream,
+    dest_role, up_layer, down_layer, prompts, of, value, share, low, high; one row per edge. Roles
+    are columns in this `order`, those that it lacks first. A slider prunes edges of small |share|.
+    Raises ValueError when there are no edges.
+    """
+    table = named_answer_edges(edges)
+    found = distinct([*table["at"], *table["dest"]])
+    known = [role for role in order if role in found]
+    columns = [role for role in found if role not in known] + known
+    tips = [
+        SIGNED_SHARE,
+        *tooltips("low", "high", form="+.1%"),
+        *tooltips("value", form=".3g"),
+        alt.Tooltip("prompts:Q"),
+    ]
+    of = int(edges["of"].max())
+    many = f"pooled over {of} prompts" if of > 1 else "of one prompt"
+    return _graph(table, columns, "role of the token", tips, many)
+
+
+def answer_prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixin:
+    """The edges that made the answer to one prompt differ: columns are its tokens.
+
+    `edges`: upstream, token, channel, downstream, dest, up_layer, down_layer, value, share, of_node
+    (share of all that the reader gets there); one row per edge. `tokens`: the text of each place.
+    Raises ValueError when there are no edges.
+    """
+    table = named_answer_edges(edges, tokens)
+    tips = [
+        SIGNED_SHARE,
+        alt.Tooltip("of_node:Q", format="+.0%", title="of what its reader gets"),
+        *tooltips("value", form=".3g"),
+    ]
+    return _graph(table, numbered(tokens), "token", tips, "of this prompt")
+
+
+def numbered(tokens: Sequence[str]) -> list[str]:
+    """Tokens with their places, which tell those apart that are the same word."""
+    return [f"{pos} {text.strip()}" for pos, text in enumerate(tokens)]
+
+
+def named_answer_edges(edges: pd.DataFrame, tokens: Sequence[str] | None = None) -> pd.DataFrame:
+    """Edges as the graphs draw them: pooled ones, or with tokens those of a prompt.
+
+    See `graph.named_nodes`; size is |share|. Raises ValueError when there are no edges.
+    """
+    if tokens is None:
+        at, dest = edges["role"], edges["dest_role"]
+    else:
+        names = dict(enumerate(numbered(tokens)))
+        at, dest = (edges[end].map(names) for end in ("token", "dest"))
+    size = edges["share"].abs()
+    return named_nodes(edges.assign(size=size), at, dest, 100 * size)
+
+
+def _graph(
+    table: pd.DataFrame, columns: list[str], column: str, tips: list[alt.Tooltip], of: str
+) -> alt.TopLevelMixin:
+    into = table[table["downstream"] == ANSWER_NODE]
+    best = largest_edge(table, table["size"])
+    if table["share"].iloc[table["size"].argmax()] < 0:
+        best = f"{best}, against the answer"
+    said = f"The largest of {len(table)} edges {of} is {best}"
+    if len(into):
+        by = into.groupby("upstream", sort=False)["share"].sum()
+        by = by.loc[by.abs().sort_values(ascending=False, kind="stable").index]
+        writers = [f"{name} ({signed_percent(x)})" for name, x in by.head(NAMED_WRITERS).items()]
+        said += f"; into the answer itself write above all {', '.join(writers)}"
+    return draw(table, columns, column, CHANNEL_KINDS, _slider(table["percent"]), tips, said)
+
+
+def _slider(percents: pd.Series) -> Slider:
+    """Steps of 1, 2 or 5 in some digit, about a hundred of them up to the largest percentage."""
+    wanted = float(percents.max()) / STEPS
+    power = 10.0 ** math.floor(math.log10(max(wanted, 1e-6)))
+    step = next((n * power for n in (1, 2, 5) if n * power >= wanted), 10 * power)
+    step = float(f"{step:.1g}")
+    return Slider(SHARE_UNIT, step, float(f"{step * math.ceil(percents.max() / step):.6g}"))
+
+
+def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
+    """Which tokens the difference comes from: a bar each, to the left if against the answer.
+
+    `table`: share, and either pos and token (of one prompt, drawn in their order) or role (pooled,
+    drawn by size), then with low and high. Of the tokens the `most` largest are drawn.
+    Raises ValueError when there are no tokens.
+    """
+    if not len(table):
+        raise ValueError("there are no tokens to draw")
+    pooled = "role" in table
+    shown = table.loc[table["share"].abs().nlargest(most).index]
+    if pooled:
+        shown = shown.assign(name=shown["role"])
+    else:
+        shown = shown.sort_values("pos")
+        shown = shown.assign(name=shown["pos"].astype(str) + " " + shown["token"].str.strip())
+    shown["works"] = np.where(shown["share"] < 0, "against the answer", "for the answer")
+    columns = ["share", *(["low", "high"] if pooled else [])]
+    base = alt.Chart(shown[["name", "works", *columns]]).encode(
+        alt.Y("name:N").title(None).sort(shown["name"].tolist()),
+        tooltip=["name:N", *tooltips(*columns, form="+.1%")],
+    )
+    bars = base.mark_bar().encode(
+        alt.X("share:Q").title("share of the difference").axis(format=".0%"),
+        alt.Color("works:N").title("works").scale(domain=["for the answer", "against the answer"]),
+    )
+    layers = (
+        [bars, base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")] if pooled else [bars]
+    )
+    sizes = table["share"].abs().sort_values(ascending=False)
+    half = int((sizes.cumsum() < sizes.sum() / 2).sum()) + 1
+    best = shown.loc[shown["share"].abs().idxmax()]
+    few = f"{half} of {len(table)} {'roles' if pooled else 'tokens'} {'holds' if half == 1 else 'hold'}"
+    chart = alt.layer(*layers).properties(width=WIDTH - 180, height=alt.Step(20))
+    return finish(
+        chart,
+        f"{few} half of what made the answer differ; the largest share is that of {best['name']} "
+        f"({signed_percent(best['share'])})",
+        "Bar chart: for each token, or role of tokens, its share of the difference between the two "
+        "answers; bars to the left work against the answer"
+        + (", with 95 % intervals." if pooled else "."),
+    )
