@@ -40,8 +40,8 @@ def carried_by(
             kinds = torch.tensor([CHANNELS.index(name) for name in names])
             value = carried(runs, found, edges[torch.isin(edges.kind.cpu(), kinds)])
             prompts = range(rows.start, rows.start + len(value))
-            table = pd.DataFrame({"prompt": prompts, "difference": runs.difference.cpu()})
-            pieces.append(table.assign(what=what, carried=value.cpu()))
+            table = pd.DataFrame({"prompt": prompts, "difference": runs.difference.cpu().numpy()})
+            pieces.append(table.assign(what=what, carried=value.cpu().numpy()))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -73,7 +73,9 @@ def exact_splits(
                 values = (moved + part * both, looked - part * both)
                 heads = torch.arange(model.n_heads).repeat(len(both))
                 prompts = torch.arange(len(both)).repeat_interleave(model.n_heads) + rows.start
-                table = pd.DataFrame({"prompt": prompts, "layer": layer, "head": heads})
+                table = pd.DataFrame(
+                    {"prompt": prompts.numpy(), "layer": layer, "head": heads.numpy()}
+                )
                 table["name"] = head_name(table["layer"], table["head"])
                 for name, value in zip(("moved", "looked"), values, strict=True):
                     table[name] = value.flatten().cpu().numpy()

@@ -156,14 +156,14 @@ def _sparsity(
         change, score = _slices(runs, nodes, src, basis)
         return {"Δa": participation_ratio(change), "a": participation_ratio(score)}
 
-    names = head_name(pd.Series([nodes.layer] * len(nodes)), pd.Series(nodes.head.cpu()))
+    names = head_name(pd.Series([nodes.layer] * len(nodes)), pd.Series(nodes.head.cpu().numpy()))
     own, pieces = measured(basis), []
     for null, width in BLOCKS.items():
         turns = [_rotation(rank, width or rank, 100 * n) for n in range(repeats)]
         found = [measured(basis.turned(turn)) for turn in turns]
         for of, value in own.items():
             rotated = torch.stack([x[of] for x in found]).mean(0)
-            table = pd.DataFrame({"prompt": nodes.prompt.cpu() + first, "name": names})
+            table = pd.DataFrame({"prompt": nodes.prompt.cpu().numpy() + first, "name": names})
             table["participation"], table["rotated"] = value.cpu().numpy(), rotated.cpu().numpy()
             pieces.append(table.assign(of=of, null=null))
     return pd.concat(pieces, ignore_index=True)
