@@ -15,9 +15,9 @@ from sparse_signals.planted.circuits import (
     LOUDNESS,
     MUTE,
     PLANTED,
-    _same,
     planted,
     recovery,
+    same_value,
 )
 from sparse_signals.planted.weights import ANSWER_LOGIT, D_MODEL, MESSAGE, Head, handwritten_model
 from sparse_signals.signals.firings import find_firings
@@ -359,6 +359,6 @@ def test_errors_say_what_to_do():
         recovery(circuit("induction").truth.drop(columns="side"), circuit("induction").truth)
     with pytest.raises(ValueError, match="features, but there is room for 64"):
         handwritten_model([Head(0, 0, ())], [str(n) for n in range(60)])
-    too_many = Head(0, 0, _same("token", "token", ["a"] * 32))
+    too_many = Head(0, 0, same_value("token", "token", ["a"] * 32))
     with pytest.raises(ValueError, match=r"head 0.0: at most 31 matches"):
         handwritten_model([too_many], ["a"])
