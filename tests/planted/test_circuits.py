@@ -9,6 +9,7 @@ import torch
 
 from sparse_signals.core.model import logits
 from sparse_signals.core.run import run
+from sparse_signals.planted.answers import PLANTED_ANSWERS, planted_answer
 from sparse_signals.planted.circuits import (
     EDGE,
     LOUD,
@@ -152,6 +153,14 @@ def traced(case):
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_second_opinion_is_the_same_model(name, noise):
     case = circuit(name, noise)
+    expected = np.stack([forward(case.model, tokens)[2] for tokens in real_tokens(case)])
+    assert np.abs(expected - end_logits(case).numpy()).max() < 1e-9
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("name", PLANTED_ANSWERS)
+def test_the_second_opinion_agrees_on_models_with_mlps(name, noise):
+    case = planted_answer(name, noise)
     expected = np.stack([forward(case.model, tokens)[2] for tokens in real_tokens(case)])
     assert np.abs(expected - end_logits(case).numpy()).max() < 1e-9
 

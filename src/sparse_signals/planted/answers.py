@@ -7,7 +7,7 @@ x′ have in common may be needed, and is no part of that truth.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import pandas as pd
@@ -28,9 +28,9 @@ from sparse_signals.planted.weights import Head, Match, Unit, handwritten_model
 PLANTED_ANSWERS = ("carried", "sum", "switch", "redundant")
 LINK = ["upstream", "role", "channel", "downstream", "dest_role"]
 ANSWER_EDGE = ["prompt", "upstream", "token", "channel", "downstream", "dest"]
-CARRIED = ("[N] took the [W] . now [N] has", "the [W] of [N] fell . [N] sees")
+CARRIED = ("[N] took the [W] . now [N] has", "the [W] of [N] fell . so [N] sees")
 OWNERS, CARRIED_THINGS = PEOPLE[:4], THINGS[:8]
-DIGITS = ("zero", "one", "two", "three", "four")
+CLOCK = ("zero", "one", "two", "three", "four")
 SUMS = ("[A] plus [B] makes", "what is [A] plus [B] , say")
 SWITCHES = ("[F] [P] or [Q] [E]", "[F] [P] or [Q] and only [E]")
 FLAGS, ENDS, CHOICES = ("take", "leave"), ("former", "latter"), {"former": 2, "latter": 4}
@@ -43,7 +43,7 @@ class PlantedAnswer:
     `batch.io` is the answer to x, `batch.s` that to x′. `links` (columns `LINK`) are the edges
     along which the difference comes to be, by the roles of their tokens; `truth` (columns
     `ANSWER_EDGE`, link) has them prompt by prompt. `decoys` are components that attend, or write
-    loudly, where the circuit runs, and have no part in the answer.
+    loudly, where the circuit runs, and have no part in the answer, each with the role of its token.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PlantedAnswer:
     counterfactual: Batch
     links: pd.DataFrame
     truth: pd.DataFrame
-    decoys: tuple[str, ...]
+    decoys: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ class AnswerPlanting:
     draw: Callable[[random.Random, int], tuple[dict, dict]]
     links: tuple[tuple[str, str, str, str, str], ...]
     units: tuple[Unit, ...] = ()
-    decoys: tuple[str, ...] = ()
+    decoys: dict[str, str] = field(default_factory=dict)
 
 
-def planted_answer(
-    name: str, noise: float = 0.0, seed: int = 0, prompts: int = 8
-) -> PlantedAnswer:
+def planted_answer(name: str, noise: float = 0.0, seed: int = 0, prompts: int = 8) -> PlantedAnswer:
     """Build a circuit, one of `PLANTED_ANSWERS`, with float64 weights on the CPU.
 
     * carried: head 0.0 brings a word to the stop behind it, and the value of 1.0 brings it from
@@ -115,7 +113,7 @@ def _truth_of(links: pd.DataFrame, batch: Batch) -> pd.DataFrame:
 
 
 def _decoys(sender: Head, reader: Head, same: str) -> tuple[Head, ...]:
-    """Echo and hum beside a sender, and a mute copy of a later head; `same` is in x and x′ alike."""
+    """Echo and hum beside a sender, a mute copy of a reader; x and x′ share the word `same`."""
     echo = tuple((source, ("echo", source[1])) for source, _ in sender.send)
     looks = dict.fromkeys(match.dest for match in sender.match)
     return (
@@ -144,9 +142,7 @@ def _fill(template: str, roles: dict[str, str], answer: str, other: str, **slots
 
 def _carried() -> AnswerPlanting:
     things = tuple(("token", thing) for thing in CARRIED_THINGS)
-    first = Head(
-        0, 0, (Match(("token", "."), things),), pass_on("token", "held", CARRIED_THINGS)
-    )
+    first = Head(0, 0, (Match(("token", "."), things),), pass_on("token", "held", CARRIED_THINGS))
     ends = tuple(Match(("token", text.split()[-1]), (("token", "."),)) for text in CARRIED)
     second = Head(1, 0, ends, pass_on("held", "answer", CARRIED_THINGS))
     links = (
@@ -156,7 +152,8 @@ def _carried() -> AnswerPlanting:
     )
     vocabulary = (START, *CARRIED_THINGS, *OWNERS, *_words_of(*CARRIED))
     heads = (first, second, *_decoys(first, second, "the"))
-    return AnswerPlanting(heads, vocabulary, _draw_carried, links, (), ("0.2", "0.3", "1.1"))
+    decoys = {"0.2": "stop", "0.3": "stop", "1.1": "end"}
+    return AnswerPlanting(heads, vocabulary, _draw_carried, links, (), decoys)
 
 
 def _draw_carried(rng: random.Random, n: int) -> tuple[dict, dict]:
@@ -181,11 +178,11 @@ def _sum() -> AnswerPlanting:
     for head, (slot, side) in enumerate((("[A]", "left"), ("[B]", "right"))):
         looks = [(words[-1], 1 + words.index(slot)) for words in map(str.split, SUMS)]
         matches = tuple(Match(("token", end), (("position", at),)) for end, at in looks)
-        heads.append(Head(0, head, matches, pass_on("token", side, DIGITS)))
+        heads.append(Head(0, head, matches, pass_on("token", side, CLOCK)))
     units = tuple(
-        Unit(layer, (("left", a), ("right", b)), (space, DIGITS[(n + m) % len(DIGITS)]))
-        for layer, space in enumerate(("answer", "echo"))
-        for (n, a), (m, b) in product(enumerate(DIGITS), repeat=2)
+        Unit(layer, (("left", a), ("right", b)), (space, CLOCK[(n + m) % len(CLOCK)]))
+        for layer, space in enumerate(("answer", "echoed sum"))
+        for (n, a), (m, b) in product(enumerate(CLOCK), repeat=2)
     )
     links = (
         ("embedding", "left", "value", "0.0", "end"),
@@ -194,20 +191,20 @@ def _sum() -> AnswerPlanting:
         ("0.1", "end", "MLP", "MLP 0", "end"),
         ("MLP 0", "end", "direct", "answer", "end"),
     )
-    vocabulary = (START, *DIGITS, *_words_of(*SUMS))
+    vocabulary = (START, *CLOCK, *_words_of(*SUMS))
     heads += _decoys(heads[0], heads[0], "plus")
-    decoys = ("0.2", "0.3", "1.1", "MLP 1")
+    decoys = dict.fromkeys(("0.2", "0.3", "1.1", "MLP 1"), "end")
     return AnswerPlanting(tuple(heads), vocabulary, _draw_sum, links, units, decoys)
 
 
 def _draw_sum(rng: random.Random, n: int) -> tuple[dict, dict]:
     """Both digits change, and their sum."""
-    size = len(DIGITS)
+    size = len(CLOCK)
     a, b, more = rng.randrange(size), rng.randrange(size), rng.randrange(1, size)
     further = rng.choice([k for k in range(1, size) if (k + more) % size])
     pairs = (a, b), ((a + more) % size, (b + further) % size)
-    answers = [DIGITS[sum(pair) % size] for pair in pairs]
-    slots = [{"A": DIGITS[left], "B": DIGITS[right]} for left, right in pairs]
+    answers = [CLOCK[sum(pair) % size] for pair in pairs]
+    slots = [{"A": CLOCK[left], "B": CLOCK[right]} for left, right in pairs]
     return _both(SUMS[n % 2], {"left": "[A]", "right": "[B]"}, answers, slots)
 
 
@@ -230,7 +227,8 @@ def _switch() -> AnswerPlanting:
     )
     vocabulary = (START, *CARRIED_THINGS, *FLAGS, *ENDS, *_words_of(*SWITCHES))
     heads = (first, second, *_decoys(first, second, "or"))
-    return AnswerPlanting(heads, vocabulary, _draw_switch, links, units, ("0.2", "0.3", "1.1"))
+    decoys = dict.fromkeys(("0.2", "0.3", "1.1"), "end")
+    return AnswerPlanting(heads, vocabulary, _draw_switch, links, units, decoys)
 
 
 def _chosen(flag: str, end: str) -> str:
