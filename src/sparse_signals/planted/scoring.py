@@ -64,12 +64,17 @@ class PlantedRun:
 
 def run_case(case: Planted) -> PlantedRun:
     """Run a planted circuit on its prompts, once for all methods."""
-    batch, ran = case.batch, run(case.model, case.batch)
+    ran = run(case.model, case.batch)
     pairs = find_firings(ran)
     start = torch.from_numpy(among(pairs.table(), case.roots).astype(np.int64))
-    answers = logits(case.model, batch.tokens, batch.last).argmax(-1)
-    accuracy = (answers == batch.io).double().mean().item()
-    return PlantedRun(case, ran, pairs, start, accuracy)
+    return PlantedRun(case, ran, pairs, start, answered(case))
+
+
+def answered(case: Planted | PlantedAnswer) -> float:
+    """The share of its prompts that a planted model answers."""
+    batch = case.batch
+    right = logits(case.model, batch.tokens, batch.last).argmax(-1) == batch.io
+    return right.double().mean().item()
 
 
 def trace_case(
