@@ -8,13 +8,16 @@ import pytest
 import vl_convert
 
 from drawing import drawn, spec, title
+from sparse_signals.attribution.tables import CHANNELS
 from sparse_signals.charts import planted as charts
+from sparse_signals.planted.answers import PLANTED_ANSWERS, planted_answer
 from sparse_signals.planted.circuits import planted
 from sparse_signals.planted.scoring import (
     FATES,
     drawn_attention,
     drawn_decoys,
     drawn_edges,
+    drawn_links,
     run_case,
 )
 
@@ -56,9 +59,40 @@ def test_decoys_are_boxes_without_lines(circuits):
 
 
 def test_no_two_boxes_of_a_circuit_overlap(circuits):
-    nodes = charts._planted_nodes(*circuits)
+    names = circuits[0]["circuit"].unique()
+    columns = {(name, role): n for name in names for n, role in enumerate(charts.PLANTED_ROLES)}
+    nodes = charts._planted_nodes(*circuits, columns)
     for _, row in nodes.groupby(["circuit", "y"]):
         assert (row["x"].sort_values().diff().dropna() > 2 * charts.HALF_X).all()
+
+
+@pytest.fixture(scope="module")
+def answers():
+    cases = [planted_answer(name, prompts=2) for name in PLANTED_ANSWERS]
+    links = pd.concat(drawn_links(one, one.truth.assign(share=0.5)) for one in cases)
+    rows = [(one.name, *decoy) for one in cases for decoy in one.decoys.items()]
+    return links, pd.DataFrame(rows, columns=["circuit", "reader", "at"])
+
+
+def test_title_counts_what_a_score_trace_misses(answers):
+    chart = charts.answer_circuits(*answers)
+    assert "Of 21 planted edges a score trace finds 10" in title(chart)
+    assert "7 into values, 3 into MLPs, 1 into the answer" in title(chart)
+
+
+def test_answers_stand_above_all_and_one_circuit_is_drawn_at_a_time(answers):
+    chart = charts.answer_circuits(*answers)
+    svg = drawn(chart)
+    assert ">answer<" in svg and ">stop<" in svg and ">MLP 0<" not in svg
+    svg = with_value(chart, "circuit", "sum")
+    assert ">MLP 0<" in svg and ">MLP 1<" in svg and ">left<" in svg and ">stop<" not in svg
+    assert "share: 50" in drawn(chart)
+
+
+def test_roles_of_planted_answers_are_all_in_the_picture(answers):
+    roles = set(answers[0]["role"]) | set(answers[0]["dest_role"]) | set(answers[1]["at"])
+    assert roles == set(charts.ANSWER_ROLES)
+    assert list(charts.CHANNELS_READ) == list(CHANNELS)
 
 
 def test_attention_title_never_promises_more_than_there_is():

@@ -9,15 +9,16 @@ import torch
 
 from sparse_signals.core.model import logits
 from sparse_signals.core.run import run
+from sparse_signals.planted.answers import PLANTED_ANSWERS, planted_answer
 from sparse_signals.planted.circuits import (
     EDGE,
     LOUD,
     LOUDNESS,
     MUTE,
     PLANTED,
-    _same,
     planted,
     recovery,
+    same_value,
 )
 from sparse_signals.planted.weights import ANSWER_LOGIT, D_MODEL, MESSAGE, Head, handwritten_model
 from sparse_signals.signals.firings import find_firings
@@ -152,6 +153,14 @@ def traced(case):
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_second_opinion_is_the_same_model(name, noise):
     case = circuit(name, noise)
+    expected = np.stack([forward(case.model, tokens)[2] for tokens in real_tokens(case)])
+    assert np.abs(expected - end_logits(case).numpy()).max() < 1e-9
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("name", PLANTED_ANSWERS)
+def test_the_second_opinion_agrees_on_models_with_mlps(name, noise):
+    case = planted_answer(name, noise)
     expected = np.stack([forward(case.model, tokens)[2] for tokens in real_tokens(case)])
     assert np.abs(expected - end_logits(case).numpy()).max() < 1e-9
 
@@ -359,6 +368,6 @@ def test_errors_say_what_to_do():
         recovery(circuit("induction").truth.drop(columns="side"), circuit("induction").truth)
     with pytest.raises(ValueError, match="features, but there is room for 64"):
         handwritten_model([Head(0, 0, ())], [str(n) for n in range(60)])
-    too_many = Head(0, 0, _same("token", "token", ["a"] * 32))
+    too_many = Head(0, 0, same_value("token", "token", ["a"] * 32))
     with pytest.raises(ValueError, match=r"head 0.0: at most 31 matches"):
         handwritten_model([too_many], ["a"])

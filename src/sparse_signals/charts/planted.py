@@ -21,6 +21,14 @@ from sparse_signals.charts.style import (
 from sparse_signals.core.numbers import percent, rounded
 
 PLANTED_ROLES = ("S1", "S1+1", "S2", "IO", "end")
+ANSWER_ROLES = ("word", "stop", "left", "right", "flag", "S2", "end")
+CHANNELS_READ = {
+    "query": "into queries",
+    "key": "into keys",
+    "value": "into values",
+    "MLP": "into MLPs",
+    "direct": "into the answer",
+}
 INPUT_WORDS = {"embedding": "word", "position": "place"}
 THIS_CIRCUIT = "datum.circuit === circuit"
 HALF_X, HALF_Y, APART = 0.21, 0.15, 0.47  # size of a node, and from one node of a cell to the next
@@ -39,21 +47,28 @@ def planted_circuits(
 
     `edges`: circuit, upstream, role, side, reader, at. `decoys`: circuit, reader, at.
     """
-    nodes = _planted_nodes(edges, decoys)
-    names = distinct(edges["circuit"])
-    chosen = menu("circuit", names, "Circuit", start=start)
+    columns = {
+        (name, role): n
+        for name in distinct(edges["circuit"])
+        for n, role in enumerate(PLANTED_ROLES)
+    }
+    nodes = _planted_nodes(edges, decoys, columns)
     x = alt.X("x:Q").title("token at which a component writes").axis(
         values=list(range(len(PLANTED_ROLES))), grid=False,
         labelExpr=f"{list(PLANTED_ROLES)}[datum.value]",
     ).scale(domain=[-0.5, len(PLANTED_ROLES) + 0.25], nice=False)  # fmt: skip
-    top = int(nodes["y"].max())
-    layers = "datum.value < 0 ? 'input' : format(datum.value, 'd')"
-    y = alt.Y("y:Q").title("layer").axis(
-        values=list(range(-1, top + 1)), labelExpr=layers
-    ).scale(domain=[-1.4, top + 0.4], nice=False)  # fmt: skip
-    width, height = WIDTH - 150, 62 * (top + 2)
-    chart = alt.layer(_arrows(edges, nodes, x, y), *_planted_boxes(nodes, x, y))
-    chart = chart.add_params(chosen)
+    y = _layer_axis(nodes)
+    named = edges.replace({"side": SIDE_WORDS})
+    lines = alt.Chart(_edge_points(named, nodes)).transform_filter(THIS_CIRCUIT)
+    look: dict[str, Any] = {
+        "title": "writes at the reader's",
+        "legend": alt.Legend(orient="top", symbolSize=400),
+    }
+    arrows = lines.mark_line(interpolate="catmull-rom", strokeWidth=2).encode(
+        x, y, alt.Detail("edge:N"), alt.Order("step:Q"), alt.Color("side:N", **look),
+        alt.StrokeDash("side:N", scale=alt.Scale(range=[[1, 0], [5, 3]]), **look),
+        tooltip=["writer:N", "reader:N", "side:N"],
+    )  # fmt: skip
     counts = edges.groupby("circuit", sort=False).size()
     title = f"What is planted: {', '.join(f'{n} edges ({name})' for name, n in counts.items())}"
     description = (
@@ -61,11 +76,91 @@ def planted_circuits(
         "are layers. Lines run up from the component that writes to the head that reads; colour "
         "and dashes tell on which side of its score. Decoys are hollow boxes without lines."
     )
-    return finish(chart.properties(width=width, height=height), title, description)
+    return _one_graph([arrows, *_planted_boxes(nodes, x, y)], nodes, start, title, description)
 
 
-def _planted_nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
-    """One row per box: circuit, name, role, x, y, decoy; boxes of a cell stand in a row."""
+def answer_circuits(
+    links: pd.DataFrame, decoys: pd.DataFrame, start: str = "carried"
+) -> alt.TopLevelMixin:
+    """Circuits planted for traces from the answer; a menu chooses one, at first `start`.
+
+    `links`: circuit, upstream, role, channel, downstream, dest_role, share (of the difference),
+    seen (the part of the prompts in which a score trace finds it). `decoys`: circuit, reader, at.
+    """
+    words = links["seen"].map(lambda part: "finds it" if part == 1 else "misses it")
+    edges = links.rename(columns={"downstream": "reader", "dest_role": "at"}).assign(
+        part=links["share"].map(percent), **{"score trace": words}
+    )
+    used = {name: {*rows["role"], *rows["at"]} for name, rows in edges.groupby("circuit")}
+    columns = {
+        (name, role): n
+        for name, mine in used.items()
+        for n, role in enumerate(role for role in ANSWER_ROLES if role in mine)
+    }
+    nodes = _planted_nodes(edges, decoys, columns)
+    domain = [-0.5, float(nodes["x"].max()) + 0.4]
+    x = alt.X("x:Q").title("token at which a component writes").axis(
+        labels=False, ticks=False, grid=False
+    ).scale(domain=domain, nice=False)  # fmt: skip
+    y = _layer_axis(nodes, -1.65)
+    lines = alt.Chart(_edge_points(edges, nodes)).transform_filter(THIS_CIRCUIT)
+    dashes = alt.Scale(domain=["finds it", "misses it"], range=[[1, 0], [5, 3]])
+    kinds = alt.Scale(domain=[name for name in CHANNELS_READ if name in set(edges["channel"])])
+    arrows = lines.mark_line(interpolate="catmull-rom", strokeWidth=2).encode(
+        x, y, alt.Detail("edge:N"), alt.Order("step:Q"),
+        alt.Color("channel:N", scale=kinds, title="read by",
+                  legend=alt.Legend(orient="top", symbolSize=400)),
+        alt.StrokeDash("score trace:N", scale=dashes, title="a score trace",
+                       legend=alt.Legend(orient="top", symbolSize=400)),
+        tooltip=["writer:N", "reader:N", "channel:N", alt.Tooltip("part:N", title="share"),
+                 "score trace:N"],
+    )  # fmt: skip
+    names = alt.Chart(
+        pd.DataFrame([(*key, n, -1.45) for key, n in columns.items()],
+                     columns=["circuit", "role", "x", "y"])
+    ).transform_filter(THIS_CIRCUIT).mark_text(fill="currentColor", fontSize=11).encode(
+        x, y, text="role:N"
+    )  # fmt: skip
+    count = int((links["seen"] == 1).sum())
+    counts = links[links["seen"] < 1].groupby("channel", sort=False).size()
+    title = (
+        f"Of {len(links)} planted edges a score trace finds {count}; it misses "
+        + ", ".join(f"{n} {CHANNELS_READ[name]}" for name, n in counts.items())
+    )  # fmt: skip
+    description = (
+        "A graph of a planted circuit, chosen by a menu. Columns are tokens by their role, rows "
+        "are layers, the answer is on top. Lines run up from the component that writes to what "
+        "reads it. Colour tells by what it is read; dashed lines are missed by a score trace. "
+        "Decoys are hollow boxes without lines. Shares of the difference show at the pointer."
+    )
+    parts = [arrows, names, *_planted_boxes(nodes, x, y)]
+    return _one_graph(parts, nodes, start, title, description)
+
+
+def _one_graph(
+    layers: list[alt.Chart], nodes: pd.DataFrame, start: str, title: str, description: str
+) -> alt.TopLevelMixin:
+    chosen = menu("circuit", distinct(nodes["circuit"]), "Circuit", start=start)
+    chart = alt.layer(*layers).add_params(chosen)
+    height = 62 * (int(nodes["y"].max()) + 2)
+    return finish(chart.properties(width=WIDTH - 150, height=height), title, description)
+
+
+def _layer_axis(nodes: pd.DataFrame, bottom: float = -1.4) -> alt.Y:
+    top = int(nodes["y"].max())
+    layers = "datum.value < 0 ? 'input' : format(datum.value, 'd')"
+    axis = alt.Axis(values=list(range(-1, top + 1)), labelExpr=layers)
+    scale = alt.Scale(domain=[bottom, top + 0.4], nice=False)
+    return alt.Y("y:Q", title="layer", axis=axis, scale=scale)
+
+
+def _planted_nodes(
+    edges: pd.DataFrame, decoys: pd.DataFrame, columns: dict[tuple[str, str], int]
+) -> pd.DataFrame:
+    """One row per box: circuit, name, role, x, y, decoy; boxes of a cell stand in a row.
+
+    `columns`: where the tokens of a role stand in the graph of a circuit.
+    """
     ends = [
         edges[["circuit", "upstream", "role"]].set_axis(["circuit", "name", "role"], axis=1),
         edges[["circuit", "reader", "at"]].set_axis(["circuit", "name", "role"], axis=1),
@@ -73,40 +168,41 @@ def _planted_nodes(edges: pd.DataFrame, decoys: pd.DataFrame) -> pd.DataFrame:
     ]
     nodes = pd.concat(ends).drop_duplicates().reset_index(drop=True)
     nodes["decoy"] = nodes["decoy"].eq(True)
-    nodes["y"] = nodes["name"].map(lambda name: int(str(name)[0]) if str(name)[0].isdigit() else -1)
+    nodes["y"] = nodes["name"].map(_height)
+    top = nodes.groupby("circuit")["y"].transform("max").floordiv(1) + 1
+    nodes["y"] = nodes["y"].where(nodes["name"] != "answer", top)
     order = ["circuit", "y", "role", "decoy", "name"]
     nodes = nodes.sort_values(order).reset_index(drop=True)
     offset = nodes.groupby(["circuit", "y", "role"]).cumcount()  # the first stands in its column
-    nodes["x"] = nodes["role"].map(PLANTED_ROLES.index) + APART * offset
+    places = zip(nodes["circuit"], nodes["role"], strict=True)
+    nodes["x"] = [columns[place] for place in places] + APART * offset
     return nodes.assign(label=nodes["name"].replace(INPUT_WORDS))
 
 
-def _arrows(edges: pd.DataFrame, nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:
+def _height(name: str) -> float:
+    """A head stands at its layer, an MLP above the heads of its layer, all else below."""
+    if name.startswith("MLP "):
+        return int(name[4:]) + 0.5
+    return float(name[0]) if name[0].isdigit() else -1.0
+
+
+def _edge_points(edges: pd.DataFrame, nodes: pd.DataFrame) -> pd.DataFrame:
+    """Three points of every edge, which has its number: step, writer, reader, x, y, and its own."""
     keys = nodes[["circuit", "name", "role"]].itertuples(index=False, name=None)
     places = dict(zip(keys, zip(nodes["x"], nodes["y"], strict=True), strict=True))
-    ends = edges[["circuit", "upstream", "role", "reader", "at", "side"]]
+    ends = edges[["circuit", "upstream", "role", "reader", "at"]]
     rows = []
     for n, edge in enumerate(ends.itertuples(index=False, name=None)):
-        circuit, writer, role, reader, at, side = edge
+        circuit, writer, role, reader, at = edge
         x0, y0 = places[circuit, writer, role]
         x1, y1 = places[circuit, reader, at]
-        passes = role == at and writer[0].isdigit() and y1 - y0 > 1
-        bend = 0.35 if passes else 0.0
+        bend = 0.35 if role == at and y0 >= 0 and y1 - y0 > 1 else 0.0
         points = [(x0, y0 + HALF_Y), ((x0 + x1) / 2 + bend, (y0 + y1) / 2), (x1, y1 - HALF_Y)]
-        words = (f"{writer} at {role}", f"{reader} at {at}", SIDE_WORDS[side])
-        rows += [(circuit, n, k, *words, *point) for k, point in enumerate(points)]
-    names = ["circuit", "edge", "step", "writer", "reader", "side", "x", "y"]
-    look: dict[str, Any] = {
-        "title": "writes at the reader's",
-        "legend": alt.Legend(orient="top", symbolSize=400),
-    }
-    table = pd.DataFrame(rows, columns=names)
-    lines = alt.Chart(table).transform_filter(THIS_CIRCUIT)
-    return lines.mark_line(interpolate="catmull-rom", strokeWidth=2).encode(
-        x, y, alt.Detail("edge:N"), alt.Order("step:Q"), alt.Color("side:N", **look),
-        alt.StrokeDash("side:N", scale=alt.Scale(range=[[1, 0], [5, 3]]), **look),
-        tooltip=["writer:N", "reader:N", "side:N"],
-    )  # fmt: skip
+        words = (f"{writer} at {role}", f"{reader} at {at}")
+        rows += [(n, k, *words, *point) for k, point in enumerate(points)]
+    table = pd.DataFrame(rows, columns=["edge", "step", "writer", "reader", "x", "y"])
+    own = edges.drop(columns=["upstream", "role", "reader", "at"]).reset_index(drop=True)
+    return table.join(own, on="edge")
 
 
 def _planted_boxes(nodes: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:

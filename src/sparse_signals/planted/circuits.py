@@ -97,23 +97,27 @@ def planted(name: str, noise: float = 0.0, seed: int = 0, prompts: int = 8) -> P
     circuit = CIRCUITS[name]()
     heads = [stage.head for stage in circuit.stages] + list(circuit.decoys)
     hf_model = handwritten_model(heads, circuit.vocabulary, noise, seed)
-    batch = _batch(circuit, random.Random(seed), prompts)
+    rng = random.Random(seed)
+    batch = batch_of(circuit.vocabulary, [circuit.draw(rng, n) for n in range(prompts)])
     fired = [_firings(stage, batch) for stage in circuit.stages if stage.root]
     tables = pd.concat(fired, ignore_index=True), _truth(circuit.stages, batch)
     return Planted(name, wrap_model(hf_model, f"planted-{name}"), batch, *tables)
 
 
-def recovery(found: pd.DataFrame, truth: pd.DataFrame) -> pd.Series:
+def recovery(
+    found: pd.DataFrame, truth: pd.DataFrame, key: Sequence[str] = tuple(EDGE)
+) -> pd.Series:
     """How well edges were found, whatever their order or number of copies.
 
     precision |found ∩ truth| / |found|, recall |found ∩ truth| / |truth| (NaN for 0 / 0), and the
-    counts correct, spurious and missing. Edges are the same if all of `EDGE` is.
+    counts correct, spurious and missing. Edges are the same if all of `key` is.
     Raises ValueError where a column is missing.
     """
+    columns = list(key)
     for table in (found, truth):
-        if absent := sorted(set(EDGE) - set(table.columns)):
-            raise ValueError(f"a table of edges needs the columns {EDGE}; not there: {absent}")
-    a, b = (set(table[EDGE].itertuples(index=False, name=None)) for table in (found, truth))
+        if absent := sorted(set(columns) - set(table.columns)):
+            raise ValueError(f"a table of edges needs the columns {columns}; not there: {absent}")
+    a, b = (set(table[columns].itertuples(index=False, name=None)) for table in (found, truth))
     counts = {"correct": len(a & b), "spurious": len(a - b), "missing": len(b - a)}
     rates = {
         "precision": len(a & b) / len(a) if a else float("nan"),
@@ -125,24 +129,25 @@ def recovery(found: pd.DataFrame, truth: pd.DataFrame) -> pd.Series:
 # --- circuits ------------------------------------------------------------------------------------
 
 
-def _same(
+def same_value(
     space: str, other: str, values: Sequence[Hashable], score: float = MATCH
 ) -> tuple[Match, ...]:
     """A match of feature (space, value) with (other, value) for every value."""
     return tuple(Match((space, x), ((other, x),), score) for x in values)
 
 
-def _send(
+def pass_on(
     space: str, message: str, values: Sequence[Hashable]
 ) -> tuple[tuple[Feature, Feature], ...]:
+    """What a head sends that tells, of every value that a source has, just this value."""
     return tuple(((space, x), (message, x)) for x in values)
 
 
 def _induction() -> Planting:
     before = tuple(Match(("position", i), (("position", i - 1),)) for i in range(2, POSITIONS))
-    previous = Head(0, 0, before, _send("token", "previous", THINGS))
-    matches = _same("token", "previous", THINGS)
-    induction = Head(1, 0, matches, _send("token", "answer", THINGS))
+    previous = Head(0, 0, before, pass_on("token", "previous", THINGS))
+    matches = same_value("token", "previous", THINGS)
+    induction = Head(1, 0, matches, pass_on("token", "answer", THINGS))
     stages = (
         Stage(previous, "S1+1", "S1", ("position",), ("position",)),
         Stage(induction, "end", "S1+1", ("embedding",), ("0.0",), root=True),
@@ -152,15 +157,15 @@ def _induction() -> Planting:
 
 def _heads_of_inhibition() -> tuple[Head, Head, Head]:
     places = tuple(OTHER_PLACE)
-    others = _same("token", "token", PEOPLE)
-    others += _same("position", "position", range(1, POSITIONS), BLOCK)
-    duplicate = Head(0, 0, others, _send("position", "repeated", places))
+    others = same_value("token", "token", PEOPLE)
+    others += same_value("position", "position", range(1, POSITIONS), BLOCK)
+    duplicate = Head(0, 0, others, pass_on("position", "repeated", places))
     is_repeated = Match(("token", "to"), tuple(("repeated", place) for place in places))
-    inhibition = Head(1, 0, (is_repeated,), _send("repeated", "inhibited", places))
+    inhibition = Head(1, 0, (is_repeated,), pass_on("repeated", "inhibited", places))
     answers = tuple(
         Match(("inhibited", place), (("position", other),)) for place, other in OTHER_PLACE.items()
     )
-    return duplicate, inhibition, Head(2, 0, answers, _send("token", "answer", PEOPLE))
+    return duplicate, inhibition, Head(2, 0, answers, pass_on("token", "answer", PEOPLE))
 
 
 def _inhibition(copies: int = 1, decoys: tuple[Head, ...] = ()) -> Planting:
@@ -220,13 +225,14 @@ def _draw_sentence(rng: random.Random, n: int) -> dict:
     return {"words": words, "io": io, "s": s, "order": order, "roles": roles}
 
 
-def _batch(circuit: Planting, rng: random.Random, prompts: int) -> Batch:
-    rows = pd.DataFrame([circuit.draw(rng, n) for n in range(prompts)])
+def batch_of(vocabulary: Sequence[str], drawn: Sequence[dict]) -> Batch:
+    """Prompts as drawn: their words, roles, answer (io) and other answer (s), and what else."""
+    rows = pd.DataFrame(drawn)
     labels = [[START, *words] for words in rows.pop("words")]
     rows.insert(0, "text", [" ".join(words[1:]) for words in labels])
     each = pd.DataFrame([*rows.pop("roles")])
     roles = {str(role): torch.tensor(x.tolist()) for role, x in each.items()}
-    number = {word: token for token, word in enumerate(circuit.vocabulary)}
+    number = {word: token for token, word in enumerate(vocabulary)}
     ids = [torch.tensor([number[word] for word in words]) for words in labels]
     tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]

@@ -6,16 +6,18 @@ that they differ in nothing but the weights they give to upstream components.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import head_name, logits
+from sparse_signals.core.model import activations, head_name, logits
 from sparse_signals.core.run import Run, run
 from sparse_signals.core.stats import tidy
+from sparse_signals.planted.answers import ANSWER_EDGE, LINK, PlantedAnswer
 from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, Planted, planted, recovery
 from sparse_signals.signals.firings import Pairs, find_firings
 from sparse_signals.tracing.contributions import (
@@ -59,12 +61,17 @@ class PlantedRun:
 
 def run_case(case: Planted) -> PlantedRun:
     """Run a planted circuit on its prompts, once for all methods."""
-    batch, ran = case.batch, run(case.model, case.batch)
+    ran = run(case.model, case.batch)
     pairs = find_firings(ran)
     start = torch.from_numpy(among(pairs.table(), case.roots).astype(np.int64))
-    answers = logits(case.model, batch.tokens, batch.last).argmax(-1)
-    accuracy = (answers == batch.io).double().mean().item()
-    return PlantedRun(case, ran, pairs, start, accuracy)
+    return PlantedRun(case, ran, pairs, start, answered(case))
+
+
+def answered(case: Planted | PlantedAnswer) -> float:
+    """The share of its prompts that a planted model answers."""
+    batch = case.batch
+    right = logits(case.model, batch.tokens, batch.last).argmax(-1) == batch.io
+    return right.double().mean().item()
 
 
 def trace_case(
@@ -314,3 +321,59 @@ def _role_names(case: Planted, table: pd.DataFrame, token: pd.Series) -> list[st
     }
     pairs = zip(table["prompt"], token, strict=True)
     return [next(r for r in roles if roles[r][prompt] == place) for prompt, place in pairs]
+
+
+# --- from the answer -----------------------------------------------------------------------------
+
+
+def score_edges(case: PlantedAnswer) -> pd.DataFrame:
+    """What a score trace finds of a planted answer, as edges (columns `ANSWER_EDGE`).
+
+    It gets all the help there is: every planted head is a root where it fires, and where it writes
+    to the answer that edge counts as found. A side of a score is a query or a key.
+    """
+    ran = run(case.model, case.batch)
+    pairs, truth = find_firings(ran), case.truth
+    readers = truth[["prompt", "downstream", "dest"]].set_axis(["prompt", "name", "dest"], axis=1)
+    start = torch.from_numpy(among(pairs.table(), readers, [*readers]).astype(np.int64))
+    parts = contributions(ran, pairs, Settings())
+    edges = follow(ran, pairs, parts, start, Settings())[1]
+    edges["token"] = edges["dest"].where(edges["side"] == "dest", edges["src"])
+    edges["channel"] = edges["side"].map({"dest": "query", "src": "key"})
+    writers = pairs[start > 0].table()[["prompt", "name"]]
+    writers = writers.set_axis(["prompt", "upstream"], axis=1)
+    given = among(truth, writers, [*writers]) & (truth["channel"] == "direct")
+    return pd.concat([edges[ANSWER_EDGE], truth.loc[given, ANSWER_EDGE]], ignore_index=True)
+
+
+def drawn_links(case: PlantedAnswer, found: pd.DataFrame) -> pd.DataFrame:
+    """The links of a planted answer: circuit, `LINK`, share, seen.
+
+    `share` is the mean over prompts of what `found` (columns `ANSWER_EDGE`, share) gives to the
+    edge, `seen` the part of the prompts in which a score trace finds it.
+    """
+    table = case.truth.merge(found[[*ANSWER_EDGE, "share"]], how="left").fillna({"share": 0.0})
+    table["seen"] = among(table, score_edges(case), ANSWER_EDGE)
+    means = table.groupby("link")[["share", "seen"]].mean()
+    return case.links.join(means).assign(circuit=case.name)[["circuit", *LINK, "share", "seen"]]
+
+
+def exchange(case: PlantedAnswer, heads: Collection[str]) -> Float[np.ndarray, "prompt"]:
+    """How much of F(x) − F(x′) is lost when some heads write in x what they write in x′."""
+    batch, last = case.batch, case.batch.last
+    other = activations(case.model, case.counterfactual.tokens, ["z"])["z"]
+
+    def swap(value: Tensor, hook: object, layer: int, head: int) -> Tensor:
+        value[:, :, head] = other[layer, :, head]
+        return value
+
+    places = [tuple(map(int, name.split("."))) for name in heads]
+    hooks = [
+        (f"blocks.{layer}.attn.hook_z", partial(swap, layer=layer, head=head))
+        for layer, head in places
+    ]
+    names = batch.answers("the answer of a planted circuit")
+    runs = ((batch, ()), (case.counterfactual, ()), (batch, hooks))
+    values = [logits(case.model, x.tokens, last, how).gather(1, names) for x, how in runs]
+    whole, theirs, changed = ((value[:, 0] - value[:, 1]).numpy() for value in values)
+    return (whole - changed) / (whole - theirs)

@@ -4,7 +4,8 @@ Every fact about a token (which token it is, where it stands, what a head told i
 direction of its own in the residual stream, +1 and -1 on two coordinates, so that all features are
 orthogonal and none has a mean for LayerNorm to remove. A head matches features of the destination
 with features of the source, and sends features of the source on. Where nothing matches it rests on
-the first token, which sends nothing. All MLPs are zero.
+the first token, which sends nothing. A unit of an MLP sends a message where two features meet; an
+MLP without units is zero.
 """
 
 from collections.abc import Hashable, Sequence
@@ -24,6 +25,7 @@ D_MODEL, D_MLP = HEADS * D_HEAD, 32
 MATCH, REST = 32.0, 13.0  # the score of a match, and of the first token for everyone
 SPREAD = 0.05  # matches of a head differ by 5 % each, so that no two singular values are equal
 MESSAGE = 0.25  # norm of what a head sends; a token and a position have norm 1
+SHARP = 8.0  # what a unit of an MLP reads where both its features are; with one of them, -8
 ANSWER_LOGIT = 10.0  # what a message ("answer", word) adds to the logit of the word
 Feature = tuple[str, Hashable]  # ("token", "Mary"), ("position", 3), ("previous", "Mary")
 
@@ -54,6 +56,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A unit of an MLP: a token that holds both features gets the message, about 2 `MESSAGE` long.
+
+    It reads 2 `SHARP` (f + g − 3/2 p), with p the position, which every token has: `SHARP` for two
+    features, −`SHARP` for one, whatever their size in the whole (a factor for all three).
+    """
+
+    layer: int
+    both: tuple[Feature, Feature]
+    message: Feature
+
+
+@dataclass(frozen=True)
 class Weights:
     """What is not zero in a handwritten model, but for gains, which are one."""
 
@@ -70,28 +85,37 @@ class Weights:
 
 
 def handwritten_model(
-    heads: Sequence[Head], vocabulary: Sequence[str], noise: float = 0.0, seed: int = 0
+    heads: Sequence[Head],
+    vocabulary: Sequence[str],
+    noise: float = 0.0,
+    seed: int = 0,
+    units: Sequence[Unit] = (),
 ) -> "GPT2LMHeadModel":
-    """A transformers model, float64 on the CPU, with the given heads; tokens number the vocabulary.
+    """A transformers model, float64 on the CPU, of heads and units; tokens number the vocabulary.
 
     A token holds its name, its position and a few messages; for that many its scores are as
     wanted, within a few percent. `noise` and `seed` are those of `circuits.planted`.
-    Raises ValueError for more features, matches or sends than there is room for.
+    Raises ValueError for more features, matches, sends or units than there is room for.
     """
-    weights = write_weights(heads, vocabulary)
+    weights = write_weights(heads, vocabulary, units)
     return _hf_model(add_noise(weights, noise, seed))
 
 
-def write_weights(heads: Sequence[Head], vocabulary: Sequence[str]) -> Weights:
-    """The weights of a model with the given heads, without noise."""
-    basis = _basis(heads, vocabulary)
-    qkvo = torch.zeros(4, 1 + max(h.layer for h in heads), HEADS, D_MODEL, D_HEAD).double()
+def write_weights(
+    heads: Sequence[Head], vocabulary: Sequence[str], units: Sequence[Unit] = ()
+) -> Weights:
+    """The weights of a model with the given heads and units, without noise."""
+    messages = [feature for head in heads for _, feature in head.send]
+    basis = _basis([*messages, *(unit.message for unit in units)], vocabulary)
+    layers = 1 + max(part.layer for part in (*heads, *units))
+    qkvo = torch.zeros(4, layers, HEADS, D_MODEL, D_HEAD).double()
     b_Q = torch.zeros(qkvo.shape[1], HEADS, D_HEAD).double()
     qkvo[1, ..., -1] = sqrt(REST * sqrt(D_HEAD)) * _reader(basis, ("token", vocabulary[0]))
     b_Q[..., -1] = sqrt(REST * sqrt(D_HEAD))
     for head in heads:
         qkvo[:, head.layer, head.head] += _head_weights(head, basis)
-    W_in = torch.zeros(qkvo.shape[1], D_MODEL, D_MLP).double()
+    mlps = [_mlp_weights([x for x in units if x.layer == layer], basis) for layer in range(layers)]
+    W_in, W_out = torch.stack(mlps, dim=1)
     return Weights(
         W_E=torch.stack([basis["token", word] for word in vocabulary]),
         W_pos=torch.stack([basis["position", place] for place in range(POSITIONS)]),
@@ -101,16 +125,18 @@ def write_weights(heads: Sequence[Head], vocabulary: Sequence[str]) -> Weights:
         W_V=qkvo[2],
         W_O=qkvo[3].mT,
         W_in=W_in,
-        W_out=W_in.mT,
+        W_out=W_out.mT,
         b_Q=b_Q,
     )
 
 
-def _basis(heads: Sequence[Head], vocabulary: Sequence[str]) -> dict[Feature, Float[Tensor, "d"]]:
+def _basis(
+    messages: Sequence[Feature], vocabulary: Sequence[str]
+) -> dict[Feature, Float[Tensor, "d"]]:
     """A unit vector for every feature there is, orthogonal to the others and to the ones."""
     features = dict.fromkeys(("token", word) for word in vocabulary)
     features |= dict.fromkeys(("position", place) for place in range(POSITIONS))
-    features |= dict.fromkeys(feature for head in heads for _, feature in head.send)
+    features |= dict.fromkeys(messages)
     if 2 * len(features) > D_MODEL:
         raise ValueError(f"{len(features)} features, but there is room for {D_MODEL // 2}")
     axes = torch.eye(D_MODEL).double()
@@ -142,6 +168,21 @@ def _head_weights(
         W_V[:, k] = _reader(basis, source)
         W_O[:, k] = head.loudness * basis[message]
     return torch.stack([W_Q, W_K, W_V, W_O])
+
+
+def _mlp_weights(
+    units: Sequence[Unit], basis: dict[Feature, Float[Tensor, "d"]]
+) -> Float[Tensor, "io d mlp"]:
+    """W_in and W_outᵀ of one MLP, a column for each unit."""
+    if len(units) > D_MLP:
+        raise ValueError(f"an MLP has room for {D_MLP} units, not for {len(units)}")
+    W_in, W_out = torch.zeros(2, D_MODEL, D_MLP).double()
+    place = sum(_reader(basis, ("position", n)) for n in range(POSITIONS))
+    for k, unit in enumerate(units):
+        first, second = (_reader(basis, feature) for feature in unit.both)
+        W_in[:, k] = 2 * SHARP * (first + second - 1.5 * place)
+        W_out[:, k] = 2 * MESSAGE / SHARP * basis[unit.message]
+    return torch.stack([W_in, W_out])
 
 
 def add_noise(weights: Weights, noise: float, seed: int = 0) -> Weights:
