@@ -337,7 +337,7 @@ def score_edges(case: PlantedAnswer) -> pd.DataFrame:
     readers = truth[["prompt", "downstream", "dest"]].set_axis(["prompt", "name", "dest"], axis=1)
     start = torch.from_numpy(among(pairs.table(), readers, [*readers]).astype(np.int64))
     parts = contributions(ran, pairs, Settings())
-    edges = follow(ran, pairs, parts, start, Settings())[1]
+    edges = follow(ran, pairs, parts.__getitem__, start, Settings())[1]
     edges["token"] = edges["dest"].where(edges["side"] == "dest", edges["src"])
     edges["channel"] = edges["side"].map({"dest": "query", "src": "key"})
     writers = pairs[start > 0].table()[["prompt", "name"]]
