@@ -1,7 +1,8 @@
 """How attention heads in language models talk to each other.
 
 The way of the data: prompts → `encode` → `run` → `find_firings` → `slices`, `support`, `sparsity`;
-and from roots upstream: `trace` → `Circuit`. Each name is loaded when it is first used.
+and from roots upstream: `trace` → `Circuit`. From the answer: `questions` → `trace_answer`.
+Each name is loaded when it is first used.
 
 >>> import sparse_signals as ss
 >>> model = ss.load_model("gpt2-ioi")
@@ -16,11 +17,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparse_signals.attribution.answer import trace_answer as trace_answer
     from sparse_signals.core.model import load_model as load_model
     from sparse_signals.core.prompts import encode as encode
     from sparse_signals.core.prompts import ioi_prompts as ioi_prompts
+    from sparse_signals.core.questions import questions as questions
     from sparse_signals.core.run import run as run
     from sparse_signals.core.stats import bootstrap as bootstrap
+    from sparse_signals.core.tasks import task_prompts as task_prompts
     from sparse_signals.heads.svd import head_svd as head_svd
     from sparse_signals.interventions.intervene import intervene as intervene
     from sparse_signals.signals.firings import find_firings as find_firings
@@ -37,6 +41,8 @@ HOMES = {
     "ioi_prompts": "core.prompts",
     "encode": "core.prompts",
     "run": "core.run",
+    "task_prompts": "core.tasks",
+    "questions": "core.questions",
     "head_svd": "heads.svd",
     "find_firings": "signals.firings",
     "slices": "signals.slices",
@@ -47,6 +53,7 @@ HOMES = {
     "trace": "tracing.trace",
     "Circuit": "tracing.circuit",
     "intervene": "interventions.intervene",
+    "trace_answer": "attribution.answer",
     "bootstrap": "core.stats",
 }
 __all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
