@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 import torch
 
 from random_models import ROTARY, SIZES, save_random_model
-from shipped import MOVERS, root_of
+from shipped import MOVERS, root_of, shipped
 from sparse_signals.app import commands
 from sparse_signals.app.cli import (
     EXAMPLES,
@@ -60,49 +59,9 @@ NAMED = "Then, Tom and Kate left the park and Tom gave a ring to"
 NAMELESS = "Then, the bus left and it was late"
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def said(capsys, out):
-    """Run a command line with --out, and return exit code, output and errors."""
-
-    def call(line, *more):
-        folder = [] if "--out" in line or not line else ["--out", str(out)]
-        code = main([*shlex.split(line), *map(str, more), *folder])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(said, out):
-    """Run a command line that must fail with one clear line and write nothing."""
-
-    def call(line, *more):
-        code, output, error = said(line, *more)
-        assert code == 2 and output == ""
-        error = re.sub(r"^\r.*\r", "", error).splitlines()[-1]
-        assert error.startswith("sparse-signals: ") and "Traceback" not in error
-        assert not out.exists() or not list(out.iterdir())
-        return error
-
-    return call
-
-
-shipped = cache(load_model)
-
-
 @pytest.fixture(autouse=True)
-def shared(monkeypatch):
-    """The shipped model is loaded once, with what follows from its weights."""
-
-    def load(name, dtype):
-        return (load_model if name else shipped)(name, dtype=dtype)
-
-    monkeypatch.setattr(commands, "load_model", load)
+def shared(loaded_once):
+    """The shipped model is loaded once."""
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +168,8 @@ def examples():
 def test_examples_are_understood():
     assert len(examples()) >= 10
     for example in examples():
-        assert make_parser().parse_args(shlex.split(example)).command in ("signals", "trace")
+        command = make_parser().parse_args(shlex.split(example)).command
+        assert command in ("signals", "trace", "answer")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def test_the_answer_is_a_row_of_its_own_and_columns_follow_the_order(pooled):
     chart = charts.answer_graph(pooled, made_up.ROLES)
     axis = spec(chart)["layer"][0]["encoding"]["y"]["axis"]["labelExpr"]
     assert '"answer"' in axis
-    order = re.findall(r': "([^"]+)"', spec(chart)["layer"][0]["encoding"]["x"]["axis"]["labelExpr"])
+    order = re.findall(
+        r': "([^"]+)"', spec(chart)["layer"][0]["encoding"]["x"]["axis"]["labelExpr"]
+    )
     assert order == [role for role in made_up.ROLES if role in order]
 
 

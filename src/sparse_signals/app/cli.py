@@ -209,9 +209,7 @@ def _add_questions(answer: argparse.ArgumentParser) -> None:
     _add_model(answer)
     group = answer.add_argument_group("prompts (one of the three)")
     ways = group.add_mutually_exclusive_group()
-    ways.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated"
-    )
+    ways.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated")
     ways.add_argument(
         "--prompts",
         metavar="FILE",
@@ -236,7 +234,9 @@ def _add_questions(answer: argparse.ArgumentParser) -> None:
     group = answer.add_argument_group("prompts of a task")
     group.add_argument("--n", metavar="N", type=count, default=64, help="how many (default: 64)")
     group.add_argument("--kind", help="the kind of counterfactual, as ioi has flip and abc")
-    group.add_argument("--seed", metavar="S", type=int, default=0, help="which are drawn (default: 0)")
+    group.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="which are drawn (default: 0)"
+    )
 
 
 def _add_roots(trace: argparse.ArgumentParser) -> None:

@@ -44,13 +44,13 @@ class Column:
     key: str
     heading: str
     show: Callable[[dict[str, Any]], str] | None = None
-    by: Callable[[dict[str, Any]], float] | None = None
+    by: Callable[[dict[str, Any]], int | float] | None = None
 
     def text(self, row: dict[str, Any]) -> str:
         """What stands in a row."""
         return row[self.key] if self.show is None else self.show(row)
 
-    def value(self, row: dict[str, Any]) -> float:
+    def value(self, row: dict[str, Any]) -> int | float:
         """What a row is sorted by."""
         return row[self.key] if self.by is None else self.by(row)
 

@@ -223,7 +223,7 @@ def _path_table(
         while (step := before[steps[-1]]) >= 0:
             steps.append(step)
         places = [token[step] for step in steps]
-        labels = [f"{pos} {runs.batch.labels[prompt][pos].strip()}" for pos in places]
+        labels = [place_name(runs.batch, prompt, pos) for pos in places]
         own = [roles[prompt, pos] for pos in places]
         components = [ANSWER if number[step] == READ_OUT else names[number[step]] for step in steps]
         channels = [CHANNELS[kind[step]] for step in steps[:-1]]
@@ -277,3 +277,8 @@ def role_names(batch: Batch) -> np.ndarray:
     prompts, length = batch.tokens.shape
     places = pd.MultiIndex.from_product([range(prompts), range(length)])
     return joined.reindex(places).to_numpy().reshape(prompts, length)
+
+
+def place_name(batch: Batch, prompt: int, pos: int) -> str:
+    """A token with its place, which tells it from others of the same word: "10 John"."""
+    return f"{pos} {batch.labels[prompt][pos].strip()}"

@@ -21,6 +21,7 @@ CHANNEL_KINDS = Kinds(
     "Colour and dashes tell what an edge changes in its reader: the query, key or value of a head, "
     "the input of an MLP, or the answer directly. Its thickness is its share of the difference "
     "between the two answers.",
+    reader="component",
 )
 SHARE_UNIT = "% of the difference"
 SIGNED_SHARE = alt.Tooltip("share:Q", format="+.1%", title="share of the difference")
@@ -137,7 +138,9 @@ def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
         alt.X("share:Q").title("share of the difference").axis(format=".0%"),
         alt.Color("works:N").title("works").scale(domain=["for the answer", "against the answer"]),
     )
-    layers = [bars, base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")] if pooled else [bars]
+    layers = (
+        [bars, base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")] if pooled else [bars]
+    )
     sizes = table["share"].abs().sort_values(ascending=False)
     half = int((sizes.cumsum() < sizes.sum() / 2).sum()) + 1
     best = shown.loc[shown["share"].abs().idxmax()]
