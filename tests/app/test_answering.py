@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import networkx as nx
 import pandas as pd
@@ -21,6 +22,7 @@ from sparse_signals.tracing.circuit import FORMATS, read_circuit
 
 MARY = "When Mary and John went to the store, John gave a drink to"
 FLIPPED = MARY.replace("John gave", "Mary gave")
+BOOK = Path(__file__).parents[2] / "book" / "command-line.md"
 NAMELESS = "Then, the bus left and it was late"
 OTHERS = ["Then, the bus left and it was red", "Then, the bus left and it was long"]
 
@@ -178,6 +180,21 @@ def test_settings_reach_the_trace(said, out):
 # --- files ---------------------------------------------------------------------------------------
 
 
+def test_documented_columns_are_those_of_the_files(said, out):
+    assert said("answer --n 2 --quiet")[0] == 0
+    section = BOOK.read_text(encoding="utf-8").split("## Files of answer")[1]
+    edges, circuit = section.split("`circuit.parquet`, ")
+    for name, text in (("edges", edges), ("circuit", circuit)):
+        rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        documented = [cell for row in rows for cell in re.findall(r"`(.*?)`", row)]
+        columns = list(pd.read_parquet(out / f"{name}.parquet").columns)
+        assert sorted(documented) == sorted(columns)
+    for name in ("tokens", "paths"):
+        listed = section.split(f"`{name}.parquet`")[1].split("(")[1].split(")")[0]
+        columns = list(pd.read_parquet(out / f"{name}.parquet").columns)
+        assert sorted(re.findall(r"`(.*?)`", listed)) == sorted(columns)
+
+
 @pytest.mark.parametrize("prompts", ["--n 4", f'--prompt "{MARY}"'])
 def test_graph_files_hold_the_same_without_loss(said, out, prompts):
     assert said(f"answer --quiet {prompts}")[0] == 0
@@ -219,7 +236,7 @@ def test_prompts_whose_answer_does_not_differ_are_named(said, out, tmp_path):
     rows = [(MARY, FLIPPED), (MARY, MARY)]
     table = pd.DataFrame(rows, columns=["text", "counterfactual"])
     table.assign(answer="Mary", wrong="John").to_csv(tmp_path / "q.csv", index=False)
-    code, output, error = said(f"answer --prompts {tmp_path / 'q.csv'}")
+    code, _, error = said(f"answer --prompts {tmp_path / 'q.csv'}")
     assert code == 0 and "hardly differs on 1 of 2 prompts, which are left out: 1" in error
     assert set(tables(out)["edges"]["prompt"]) == {0}
 

@@ -25,6 +25,7 @@ from random_models import ROTARY, SIZES, save_random_model
 from shipped import MOVERS, root_of, shipped
 from sparse_signals.app import commands
 from sparse_signals.app.cli import (
+    ANSWER_EXAMPLES,
     EXAMPLES,
     SIGNALS,
     SIGNALS_EXAMPLES,
@@ -158,7 +159,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
 
 def examples():
     """What the help and the page in the book tell people to type."""
-    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}"
+    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}\n{ANSWER_EXAMPLES}"
     page = (BOOK / "command-line.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
     found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)

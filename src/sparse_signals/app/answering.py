@@ -45,7 +45,7 @@ GIVEN, OF_TASK = "the counterfactuals given", "the counterfactuals of the task"
 FLIP = "the same prompts with IO in the place of the second S"
 MEAN = "no other prompt, but the mean embeddings of the prompts of as many tokens"
 VOCABULARY = "no other prompt, but the mean embedding of the vocabulary after the first token"
-SHOWN = {"tokens": 6, "paths": 8, "edges": 10}  # lines of a summary
+SUMMARY_LINES = {"tokens": 6, "paths": 8, "edges": 10}  # lines of a summary
 STRONGEST_EDGES = ["upstream", "role", "channel", "downstream", "dest_role"]
 
 
@@ -212,7 +212,7 @@ def run_answer(job: AnswerJob) -> str:
     edges = int(traced.edges["graph"].sum())
     found = f"{edges:,} edges carry {signed_percent(traced.explained)} of the difference"
     told = outcome(job, found, pd.Series(dtype=float), paths)
-    return "\n".join([told, *summary(traced, pooled, clusters)])
+    return "\n".join([told, *answer_summary(traced, pooled, clusters)])
 
 
 def pooled_edges(traced: AnswerTrace, clusters: list[int]) -> pd.DataFrame:
@@ -279,7 +279,7 @@ def edges_with_roles(traced: AnswerTrace) -> pd.DataFrame:
     ]  # fmt: skip
 
 
-def summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> list[str]:
+def answer_summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> list[str]:
     """What was asked, F of both, tokens by share, the largest paths, the strongest edges."""
     used = traced.used
     first, second, whole = used[["f", "counterfactual_f", "difference"]].mean().map(fmt)
@@ -293,12 +293,12 @@ def summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> l
         tokens = traced.tokens.sort_values("share", key=abs, ascending=False, kind="stable")
         names = [place_name(traced.batch, 0, pos) for pos in tokens["pos"]]
         paths = traced.paths
-    tokens = tokens.assign(name=names).query("value != 0").head(SHOWN["tokens"])
+    tokens = tokens.assign(name=names).query("value != 0").head(SUMMARY_LINES["tokens"])
     said = (f"{row.name} {signed_percent(row.share)}" for row in tokens.itertuples(index=False))
     lines += [f"tokens by share: {', '.join(said)}", "largest paths:"]
-    for row in paths.head(SHOWN["paths"]).itertuples(index=False):
+    for row in paths.head(SUMMARY_LINES["paths"]).itertuples(index=False):
         lines.append(f"{signed_percent(row.share):>8}  {row.text}")
-    edges = pooled.head(SHOWN["edges"])
+    edges = pooled.head(SUMMARY_LINES["edges"])
     table = edges[STRONGEST_EDGES].assign(
         share=edges["share"].map(signed_percent),
         value=edges["value"].map(fmt),

@@ -39,7 +39,7 @@ class AnswerTrace:
     tokens: prompt, pos, token, value, share: what the embedding of a token has.
     paths: prompt, pos (of its token), path (number), value, share, steps, text, and roles, the text
     with roles in the place of tokens: the largest, from token to answer.
-    comparisons: what heads in the graph compare, see `signals.compare`, with share.
+    comparisons: what heads in the graph compare, see `signals.compare_heads`, with share.
     """
 
     model: Model

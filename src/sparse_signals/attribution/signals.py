@@ -21,7 +21,7 @@ from sparse_signals.signals.slices import Basis, model_basis, sparsity, support
 COMPARISONS = [
     "prompt", "layer", "head", "name", "dest", "src", "attention", "other", "change", "value",
 ]  # fmt: skip
-STRONGEST = 3  # sources of every head and destination
+STRONGEST_SOURCES = 3  # sources of every head and destination
 
 
 def difference_slices(
@@ -47,7 +47,7 @@ def difference_slices(
     return ((d + d2) * (s - s2) + (s + s2) * (d - d2)) / 2
 
 
-def compare(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> pd.DataFrame:
+def compare_heads(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> pd.DataFrame:
     """The sources of heads whose change of score matters most, one row each.
 
     Columns as `COMPARISONS`: attention in x, and the other one in x′, the change of the score, and
@@ -72,7 +72,7 @@ def compare(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> pd.Dat
             scores.append((q @ k.mT)[:, 0] / divisor)
         change = (scores[0] - scores[1]).masked_fill(~seen, 0.0)
         value = heard.masked_fill(~seen, 0.0) * change
-        best = value.abs().topk(min(STRONGEST, value.shape[1]), dim=1).indices
+        best = value.abs().topk(min(STRONGEST_SOURCES, value.shape[1]), dim=1).indices
         row = torch.arange(len(part), device=best.device).repeat_interleave(best.shape[1])
         src = best.flatten()
         used = value[row, src] != 0

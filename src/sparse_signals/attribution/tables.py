@@ -22,7 +22,7 @@ from sparse_signals.attribution.graph import (
 from sparse_signals.attribution.inputs import Heads
 from sparse_signals.attribution.paths import Ways, find_paths
 from sparse_signals.attribution.readers import Node, Readers
-from sparse_signals.attribution.signals import compare
+from sparse_signals.attribution.signals import compare_heads
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.tracing.roots import position_of
@@ -266,7 +266,7 @@ def _comparison_table(
         ]
         if len(down):
             nodes.append(Heads(layer, prompt, down - first, dest))
-    table = compare(runs, found, nodes)
+    table = compare_heads(runs, found, nodes)
     share = table["value"] / whole.cpu().numpy()[table["prompt"]]
     return table.assign(share=share)
 

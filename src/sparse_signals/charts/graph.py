@@ -32,7 +32,7 @@ NOTHING = (
     "window:keydown[event.key === 'Escape']"
 )
 QUIET = "!(hover.node || pinned.node || chosen)"  # Vega expression: no node is active
-SIGN = "⊖ marks an edge that works against the answer."
+MINUS_SAID = "⊖ marks an edge that works against the answer."
 MINUS = "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0M-0.6,0L0.6,0"  # the path of that mark
 ANSWER_NODE = "answer"
 HOW = (
@@ -78,7 +78,8 @@ class Kinds:
 
     `dashes`: kinds as in the column `field`, in the order of the colours. `right`: those that bend
     to the right within a column. `size`: the column of the thickness, `measure` its name. `told`
-    says all this in words. `about`: what is shown at the pointer beside the kind. `reader`: what an edge leads to, in a word.
+    says all this in words. `about`: what is shown at the pointer beside the kind. `reader`: what an
+    edge leads to, in a word.
     """
 
     field: str
@@ -207,7 +208,7 @@ def draw(
         f"A slider prunes edges by {slider.unit}, a menu chooses a node. {title}."
     )
     chart = chart.properties(width=layout.width, height=layout.height)
-    how = [HOW.format(kinds.reader), *[SIGN] * signed, *[LETTER_KEY] * layout.brief]
+    how = [HOW.format(kinds.reader), *[MINUS_SAID] * signed, *[LETTER_KEY] * layout.brief]
     return finish(chart, title, description, " ".join(how))
 
 
