@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -23,9 +22,10 @@ import pytest
 import torch
 
 from random_models import ROTARY, SIZES, save_random_model
-from shipped import MOVERS, root_of
+from shipped import MOVERS, root_of, shipped
 from sparse_signals.app import commands
 from sparse_signals.app.cli import (
+    ANSWER_EXAMPLES,
     EXAMPLES,
     SIGNALS,
     SIGNALS_EXAMPLES,
@@ -60,49 +60,9 @@ NAMED = "Then, Tom and Kate left the park and Tom gave a ring to"
 NAMELESS = "Then, the bus left and it was late"
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def said(capsys, out):
-    """Run a command line with --out, and return exit code, output and errors."""
-
-    def call(line, *more):
-        folder = [] if "--out" in line or not line else ["--out", str(out)]
-        code = main([*shlex.split(line), *map(str, more), *folder])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(said, out):
-    """Run a command line that must fail with one clear line and write nothing."""
-
-    def call(line, *more):
-        code, output, error = said(line, *more)
-        assert code == 2 and output == ""
-        error = re.sub(r"^\r.*\r", "", error).splitlines()[-1]
-        assert error.startswith("sparse-signals: ") and "Traceback" not in error
-        assert not out.exists() or not list(out.iterdir())
-        return error
-
-    return call
-
-
-shipped = cache(load_model)
-
-
 @pytest.fixture(autouse=True)
-def shared(monkeypatch):
-    """The shipped model is loaded once, with what follows from its weights."""
-
-    def load(name, dtype):
-        return (load_model if name else shipped)(name, dtype=dtype)
-
-    monkeypatch.setattr(commands, "load_model", load)
+def shared(loaded_once):
+    """The shipped model is loaded once."""
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +159,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
 
 def examples():
     """What the help and the page in the book tell people to type."""
-    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}"
+    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}\n{ANSWER_EXAMPLES}"
     page = (BOOK / "command-line.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
     found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)
@@ -209,7 +169,8 @@ def examples():
 def test_examples_are_understood():
     assert len(examples()) >= 10
     for example in examples():
-        assert make_parser().parse_args(shlex.split(example)).command in ("signals", "trace")
+        command = make_parser().parse_args(shlex.split(example)).command
+        assert command in ("signals", "trace", "answer")
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,29 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from aligned import aligned
 from shipped import CARRIERS, MOVERS
+from sparse_signals.attribution import answer as tracing
 from sparse_signals.attribution import signals as module
 from sparse_signals.attribution.aligned import AlignedRuns, ShareError
-from sparse_signals.attribution.answer import reference_mean, role_names, trace_answer
+from sparse_signals.attribution.answer import reference_mean, trace_answer, vocabulary_mean
 from sparse_signals.attribution.graph import carried, change_of, find_edges, ranks
 from sparse_signals.attribution.inputs import INPUTS, Heads
 from sparse_signals.attribution.paths import find_paths
 from sparse_signals.attribution.shares import edge_shares, node_shares
-from sparse_signals.attribution.signals import compare_scores, difference_slices
-from sparse_signals.attribution.tables import AnswerSettings, Asked, _names, node_of
+from sparse_signals.attribution.signals import compare_heads, difference_slices
+from sparse_signals.attribution.tables import (
+    AnswerSettings,
+    Asked,
+    _names,
+    node_of,
+    place_name,
+    role_names,
+)
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
 
@@ -145,14 +154,14 @@ def test_the_beam_keeps_the_largest(runs):
 
 
 def test_comparisons_are_what_queries_and_keys_carry(runs, monkeypatch):
-    monkeypatch.setattr(module, "SOURCES", 99)
+    monkeypatch.setattr(module, "STRONGEST_SOURCES", 99)
     found = next(runs.readers())
     edges = find_edges(runs, found)
     first, heads = 1 + (runs.model.n_heads + 1), runs.model.n_heads  # layer 1
     mine = edges[(edges.down >= first) & (edges.down < first + heads) & (edges.kind < 2)]
     columns = torch.stack([mine.down, mine.prompt, mine.dest]).unique(dim=1)
     nodes = Heads(1, columns[1], columns[0] - first, columns[2])
-    table = compare_scores(runs, found, [nodes])
+    table = compare_heads(runs, found, [nodes])
     assert len(table) > 100
     src = torch.tensor(table["src"].to_numpy())
     row = [table[name].to_numpy() for name in ("prompt", "head", "dest")]
@@ -294,6 +303,61 @@ def test_a_prompt_that_does_not_change_is_named_and_the_others_go_on(shipped):
     assert traced.prompts.query("flat")["prompt"].tolist() == [4]
     assert 4 not in traced.edges["prompt"].tolist()
     assert traced.pool()["share"].notna().all()
+    two = replace(
+        traced,
+        prompts=traced.prompts.query("prompt > 2"),
+        edges=traced.edges.query("prompt == 3").assign(prompt=0),
+    )
+    two = replace(two, prompts=two.prompts.head(2).assign(prompt=range(2)))
+    pooled = two.pool()  # a flat prompt beside another one is not drawn, or ΔF could be 0
+    assert (pooled["low"] == pooled["high"]).all()
+    assert pooled["share"].to_numpy() == pytest.approx(pooled["low"].to_numpy())
+
+
+def test_pooled_paths_and_comparisons_add_up_over_prompts(traced):
+    whole = traced.prompts["difference"].sum()
+    paths = traced.pooled_paths()
+    assert paths["share"].abs().is_monotonic_decreasing and paths["text"].is_unique
+    first = paths.iloc[0]
+    mine = traced.paths[traced.paths["roles"] == first["text"]]
+    assert first["share"] == pytest.approx(mine["value"].sum() / whole)
+    assert first["prompts"] == mine["prompt"].nunique() > 1
+    assert first["text"].startswith("embedding at S2 → ")
+    assert first["low"] <= first["share"] <= first["high"]
+    heads, roles = traced.pooled_comparisons(), role_names(traced.batch)
+    best, table = heads.iloc[0], traced.comparisons
+    here = (table["name"] == best["name"]) & (
+        roles[table["prompt"], table["dest"]] == best["dest_role"]
+    )
+    here &= roles[table["prompt"], table["src"]] == best["src_role"]
+    assert best["share"] == pytest.approx(table.loc[here, "value"].sum() / whole)
+    assert best["attention"] == pytest.approx(table.loc[here, "attention"].mean())
+
+
+def test_a_path_is_told_by_tokens_and_by_roles(traced):
+    row = traced.paths.query("steps == 2").iloc[0]
+    label = place_name(traced.batch, int(row["prompt"]), int(row["pos"]))
+    assert row["text"].startswith(f"embedding at {label} → ")
+    assert row["text"].endswith(" → answer") and row["text"].count("→") == row["steps"]
+    assert row["text"].replace(label, "S2").split(" → ")[0] == row["roles"].split(" → ")[0]
+
+
+def test_finished_chunks_are_kept_and_read_again(traced, shipped, tmp_path, monkeypatch):
+    first = trace_answer(*shipped, folder=tmp_path)
+    monkeypatch.setattr(tracing, "tables_of", None)
+    again = trace_answer(*shipped, folder=tmp_path)
+    for name in ("prompts", "edges", "tokens", "paths"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(first, name))
+        pd.testing.assert_frame_equal(
+            getattr(first, name), getattr(traced, name), check_dtype=False, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_prompt_alone_is_compared_with_the_mean_word(shipped):
+    model, batch, _ = shipped
+    words, vectors = model.bridge.embed.W_E, vocabulary_mean(model, batch)
+    assert torch.equal(vectors[:, 0], words[batch.tokens[:, 0]])
+    assert torch.allclose(vectors[:, 1:], words.mean(0).expand_as(vectors[:, 1:]))
 
 
 def test_one_of_a_form_has_no_mean(shipped):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparse_signals.core.numbers import fmt, percent, rounded
+from sparse_signals.core.numbers import fmt, percent, rounded, signed_percent
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,11 @@ def test_rounded_touches_floats_only():
 @pytest.mark.parametrize(("share", "words"), [(0.914, "91 %"), (0.0042, "0.4 %"), (1.0, "100 %")])
 def test_percent_reads_like_a_sentence(share, words):
     assert percent(share).replace("\u00a0", " ") == words
+
+
+def test_a_negative_share_has_a_minus():
+    assert [signed_percent(x) for x in (-0.314, 0.314, -0.001)] == [
+        "−31\u00a0%",
+        "31\u00a0%",
+        "−0.1\u00a0%",
+    ]

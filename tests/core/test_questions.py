@@ -7,7 +7,7 @@ import torch
 from encoding import byte_tokenizer, model_with, sentencepiece_tokenizer, word_tokenizer
 from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.prompts import PromptError, encode, ioi_prompts, roles_of
-from sparse_signals.core.questions import next_tokens, questions
+from sparse_signals.core.questions import answer_words, next_tokens, questions
 from sparse_signals.core.reading import read_texts
 
 TEXT = "The capital of Sweden is"
@@ -203,3 +203,12 @@ def test_a_role_is_not_called_as_tokens_without_one(model):
 def test_a_role_outside_of_the_text_is_refused(model, place):
     with pytest.raises(PromptError, match="prompt 1: at land: no token at"):
         encode(model, pd.DataFrame({"text": [TEXT] * 2, "at land": [4, place]}))
+
+
+def test_answers_in_words_are_cut_short(model):
+    ids = questions(
+        model, pd.DataFrame({"text": [TEXT], "answer": "Oslo|Paris|Rome|Norway"})
+    ).right[0]
+    words = [model.tokenizer.decode([token]).strip() for token in ids]
+    assert answer_words(ids[:2], model.tokenizer) == " | ".join(words[:2])
+    assert answer_words(ids, model.tokenizer) == " | ".join([*words[:3], "…"])

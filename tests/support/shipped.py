@@ -1,5 +1,6 @@
 """The shipped model's heads, by what its card says that they do, and whether SmolLM2 is here."""
 
+from functools import cache
 from importlib import metadata
 from importlib.resources import files
 
@@ -7,11 +8,14 @@ import pandas as pd
 import pytest
 
 from sparse_signals.core import smollm2
+from sparse_signals.core.model import load_model
 from sparse_signals.tracing.roots import Root
 
 HEADS = pd.read_csv(
     str(files("sparse_signals") / "assets" / "gpt2-ioi" / "heads.csv"), dtype={"head": str}
 )
+
+shipped = cache(load_model)
 
 
 def heads(stage: str, by: str) -> list[str]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sparse_signals.app.page import answer_table, fill_page
@@ -68,7 +69,7 @@ def prompt_view(traced: AnswerTrace, asked: Questions) -> dict[str, Any]:
         "sentences": [
             f"{_asked(asked, right, wrong)} is {first} here, and {second} "
             f"{'in the counterfactual' if other else 'in what it is compared with'}. "
-            + _split(traced, fmt(row["difference"]), row["explained"], int(row["edges"]))
+            + _split(traced)
         ],
         "roles": None,
         "edges": answer_table(edges[edges["graph"]], labels),
@@ -83,13 +84,10 @@ def pooled_view(
     traced: AnswerTrace, asked: Questions, pooled: pd.DataFrame, clusters: list[int]
 ) -> dict[str, Any]:
     """What the page of many prompts shows."""
-    used = traced.prompts[~traced.prompts["flat"]]
-    mean = used.mean()
+    mean = traced.used[["f", "counterfactual_f"]].mean()
     roles, heads = traced.pooled_tokens(clusters), traced.pooled_comparisons()
     shades = [_shade(share, roles["share"], 100) for share in roles["share"]]
     heads = heads.rename(columns={"dest_role": "dest_name", "src_role": "src_name"})
-    explained = (used["explained"] * used["difference"]).sum() / used["difference"].sum()
-    edges = int(pooled["prompts"].gt(0).sum())
     shown = traced.prompts.head(MOST_PROMPTS)
     few = f"The first {len(shown)} of {len(traced.prompts):,}. " * (
         len(shown) < len(traced.prompts)
@@ -101,7 +99,7 @@ def pooled_view(
         "sentences": [
             f"F, the {asked.objective.what}, is {fmt(mean['f'])} on average, and "
             f"{fmt(mean['counterfactual_f'])} in what the prompts are compared with. "
-            + _split(traced, fmt(mean["difference"]), explained, edges)
+            + _split(traced)
         ],
         "roles": roles.assign(shade=shades).to_dict("records"),
         "edges": answer_table(pooled),
@@ -126,12 +124,15 @@ def _asked(asked: Questions, right: str, wrong: str) -> str:
     return f"The logit of “{right}” less that of “{wrong}”"
 
 
-def _split(traced: AnswerTrace, difference: str, explained: float, edges: int) -> str:
+def _split(traced: AnswerTrace) -> str:
     """What is split, and how much of it the graph carries, in words."""
+    difference, edges = traced.used[["difference", "edges"]].mean().map(fmt)
     asked, what = traced.facts["asked"], f"The difference of {difference} is split here"
     if asked.startswith("what "):
         what = f"Of this, {asked.split(' adds')[0]} adds, {difference} is split here"
-    return f"{what}: the {edges:,} strongest edges alone carry {signed_percent(explained)} of it."
+    many = " of each prompt (on average)" if len(traced.prompts) > 1 else ""
+    carry = f"alone carry {signed_percent(traced.explained)} of it"
+    return f"{what}: the {edges} strongest edges{many} {carry}."
 
 
 def _others(asked: Questions, n: int) -> list[str | None]:
@@ -145,6 +146,6 @@ def _words(traced: AnswerTrace, ids: list[int]) -> str:
     return answer_words(ids, traced.model.tokenizer)
 
 
-def _shade(share: float, shares: pd.Series, darkest: int = DARKEST) -> float:
+def _shade(share: float | np.floating, shares: pd.Series, darkest: int = DARKEST) -> float:
     """How strong the colour of a token is, in percent: that of the largest is the darkest."""
-    return round(darkest * abs(share) / max(1e-9, float(shares.abs().max())), 1)
+    return round(darkest * abs(float(share)) / max(1e-9, float(shares.abs().max())), 1)

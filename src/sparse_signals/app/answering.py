@@ -31,7 +31,7 @@ from sparse_signals.attribution.answer import (
     trace_answer,
     vocabulary_mean,
 )
-from sparse_signals.attribution.tables import AnswerSettings, Asked, role_names
+from sparse_signals.attribution.tables import AnswerSettings, Asked, place_name, role_names
 from sparse_signals.core.model import Model
 from sparse_signals.core.numbers import fmt, signed_percent
 from sparse_signals.core.prompts import Batch, PromptError, encode, is_word
@@ -45,7 +45,7 @@ GIVEN, OF_TASK = "the counterfactuals given", "the counterfactuals of the task"
 FLIP = "the same prompts with IO in the place of the second S"
 MEAN = "no other prompt, but the mean embeddings of the prompts of as many tokens"
 VOCABULARY = "no other prompt, but the mean embedding of the vocabulary after the first token"
-SHOWN = {"tokens": 6, "paths": 8, "edges": 10}  # lines of a summary
+SUMMARY_LINES = {"tokens": 6, "paths": 8, "edges": 10}  # lines of a summary
 STRONGEST_EDGES = ["upstream", "role", "channel", "downstream", "dest_role"]
 
 
@@ -207,14 +207,30 @@ def run_answer(job: AnswerJob) -> str:
         of = f"{len(flat)} of {len(traced.prompts)} prompts"
         say(job.options, f"what is asked hardly differs on {of}, which are left out: {shown}")
     clusters = asked.template.tolist()
-    pooled = traced.pool(clusters)
-    pooled = pooled[pooled["prompts"] > 0].reset_index(drop=True)
+    pooled = pooled_edges(traced, clusters)
     paths = write_answer_files(job, traced, pooled, clusters)
-    explained = explained_part(traced)
     edges = int(traced.edges["graph"].sum())
-    found = f"{edges:,} edges carry {signed_percent(explained)} of the difference"
+    found = f"{edges:,} edges carry {signed_percent(traced.explained)} of the difference"
     told = outcome(job, found, pd.Series(dtype=float), paths)
-    return "\n".join([told, *summary(traced, pooled, clusters)])
+    return "\n".join([told, *answer_summary(traced, pooled, clusters)])
+
+
+def pooled_edges(traced: AnswerTrace, clusters: list[int]) -> pd.DataFrame:
+    """The edges of all graphs by the roles of their tokens; of one prompt, by its tokens."""
+    pooled = traced.pool(clusters)
+    if len(traced.prompts) > 1:
+        return pooled[pooled["prompts"] > 0].reset_index(drop=True)
+    edges = traced.edges[traced.edges["graph"]]
+    names = {pos: place_name(traced.batch, 0, pos) for pos in traced.tokens["pos"]}
+    table = edges.assign(
+        role=edges["token"].map(names),
+        dest_role=edges["dest"].map(names),
+        prompts=1,
+        of=1,
+        low=edges["share"],
+        high=edges["share"],
+    )[list(pooled)]
+    return table.sort_values("share", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
 def facts_of(job: AnswerJob, traced: AnswerTrace) -> dict[str, str]:
@@ -263,15 +279,9 @@ def edges_with_roles(traced: AnswerTrace) -> pd.DataFrame:
     ]  # fmt: skip
 
 
-def explained_part(traced: AnswerTrace) -> float:
-    """The part of the differences that the graphs alone carry, over all prompts."""
-    used = traced.prompts[~traced.prompts["flat"]]
-    return float((used["explained"] * used["difference"]).sum() / used["difference"].sum())
-
-
-def summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> list[str]:
+def answer_summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> list[str]:
     """What was asked, F of both, tokens by share, the largest paths, the strongest edges."""
-    used = traced.prompts[~traced.prompts["flat"]]
+    used = traced.used
     first, second, whole = used[["f", "counterfactual_f", "difference"]].mean().map(fmt)
     mean = ", means" if len(used) > 1 else ""
     lines = [f"{name}: {traced.facts[name]}" for name in ("asked", "compared with")]
@@ -281,13 +291,14 @@ def summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> l
         names = tokens["role"]
     else:
         tokens = traced.tokens.sort_values("share", key=abs, ascending=False, kind="stable")
-        names, paths = tokens["pos"].astype(str) + " " + tokens["token"].str.strip(), traced.paths
-    tokens = tokens.assign(name=names).query("value != 0").head(SHOWN["tokens"])
+        names = [place_name(traced.batch, 0, pos) for pos in tokens["pos"]]
+        paths = traced.paths
+    tokens = tokens.assign(name=names).query("value != 0").head(SUMMARY_LINES["tokens"])
     said = (f"{row.name} {signed_percent(row.share)}" for row in tokens.itertuples(index=False))
     lines += [f"tokens by share: {', '.join(said)}", "largest paths:"]
-    for row in paths.head(SHOWN["paths"]).itertuples(index=False):
+    for row in paths.head(SUMMARY_LINES["paths"]).itertuples(index=False):
         lines.append(f"{signed_percent(row.share):>8}  {row.text}")
-    edges = pooled.head(SHOWN["edges"])
+    edges = pooled.head(SUMMARY_LINES["edges"])
     table = edges[STRONGEST_EDGES].assign(
         share=edges["share"].map(signed_percent),
         value=edges["value"].map(fmt),

@@ -29,7 +29,8 @@ examples:
   sparse-signals trace --model path/to/model --prompts prompts.csv --root 9.9 --out circuits
   sparse-signals answer --task ioi --n 16
 
-`sparse-signals trace --help` lists the options of trace, and so for the others. `python -m sparse_signals` is the same.
+`sparse-signals trace --help` lists the options of trace, and so for the others.
+`python -m sparse_signals` is the same.
 """
 SIGNALS = """\
 Find all firings of all heads: pairs of tokens with attention and score above a bar, the first
@@ -64,7 +65,7 @@ Roles of tokens in prompts with two names: IO (the name that comes once), S1, S2
 comes twice), S1+1 (the token after S1), end (the last token; the only role without names).
 """
 
-ANSWER = """\
+ANSWER_HELP = """\
 Split the difference between the answers to a prompt and to its counterfactual, another prompt of
 as many tokens, over all edges from component to component: exactly, by secants (chapter 6). Then
 keep the strongest edges that alone carry most of it.
@@ -82,8 +83,7 @@ examples:
   sparse-signals answer --task ioi --n 16 --kind abc --part 0.9
   sparse-signals answer --task ioi --n 16 --at 2.4:end
   sparse-signals answer --prompts questions.csv --least 0.01
-  sparse-signals answer --model smollm2-135m --prompt "The keys to the old house" \\
-      --answer are --wrong is --counterfactual "The key to the old house"
+  sparse-signals answer --model smollm2-135m --task agreement --n 8
 
 An answer is the token that comes next: a word, several with | between them, or #1234, a number.
 """
@@ -146,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_trace_settings(trace)
     answer = _parser(
         commands.add_parser,
-        ANSWER,
+        ANSWER_HELP,
         ANSWER_EXAMPLES,
         name="answer",
         help="which components made the answer differ from that to another prompt",
@@ -227,12 +227,13 @@ def _add_questions(answer: argparse.ArgumentParser) -> None:
         help="prompts of a task that is built in: ioi, greater-than, pronouns, induction, "
         "agreement (default: ioi)",
     )
-    for name, text in (
-        ("answer", "what is right after --prompt (default: IO of prompts with names, or what the "
-         "model finds likeliest); once for each prompt"),
-        ("wrong", "what is wrong (default: S, or nothing, and then ln P(answer) is asked)"),
-        ("counterfactual", "what the prompt is compared with, of as many tokens"),
-    ):  # fmt: skip
+    texts = {
+        "answer": "what is right after --prompt, once for each (default: IO of prompts with names, "
+        "or what the model finds likeliest)",
+        "wrong": "what is wrong (default: S, or nothing, and then ln P(answer) is asked)",
+        "counterfactual": "what the prompt is compared with, of as many tokens",
+    }
+    for name, text in texts.items():
         group.add_argument(f"--{name}", metavar="TEXT", action="append", help=text)
     group = answer.add_argument_group("prompts of a task")
     group.add_argument("--n", metavar="N", type=count, default=64, help="how many (default: 64)")

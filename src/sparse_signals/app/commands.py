@@ -125,7 +125,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def carry_out(job: Job, work: Callable[[Any], str]) -> None:
-    """Run the command, print the summary, and remove its finished chunks unless they are of use another time."""
+    """Run a command and print its summary; remove finished chunks unless they are of more use."""
     try:
         with alone_in(job.partial):
             remove_leftovers(job.out / name for name in FILES[job.options.command])

@@ -44,13 +44,13 @@ class Column:
     key: str
     heading: str
     show: Callable[[dict[str, Any]], str] | None = None
-    by: Callable[[dict[str, Any]], float] | None = None
+    by: Callable[[dict[str, Any]], int | float] | None = None
 
     def text(self, row: dict[str, Any]) -> str:
         """What stands in a row."""
         return row[self.key] if self.show is None else self.show(row)
 
-    def value(self, row: dict[str, Any]) -> float:
+    def value(self, row: dict[str, Any]) -> int | float:
         """What a row is sorted by."""
         return row[self.key] if self.by is None else self.by(row)
 
@@ -71,12 +71,12 @@ class EdgeTable:
         return script_json(self.spec)
 
 
-def number(key: str, heading: str) -> Column:
+def number_column(key: str, heading: str) -> Column:
     """A column of numbers."""
     return Column(key, heading, lambda row: fmt(row[key]))
 
 
-def share(key: str, heading: str) -> Column:
+def share_column(key: str, heading: str) -> Column:
     """A column of shares, sorted by size."""
     return Column(key, heading, lambda row: signed_percent(row[key]), lambda row: abs(row[key]))
 
@@ -92,21 +92,21 @@ SCORE_COLUMNS = (
     Column("side", "side"),
     *ENDS[2:],
     Column("source", "attends to"),
-    number("prompts", "prompts"),
-    number("weight", "weight"),
+    number_column("prompts", "prompts"),
+    number_column("weight", "weight"),
     Column(
         "low",
         "95 % interval",
         lambda row: f"{fmt(row['low'])} to {fmt(row['high'])}",
         lambda row: row["low"],
     ),
-    number("share", "share"),
+    number_column("share", "share"),
 )
 ANSWER_ENDS = (
     *ENDS[:2],
     Column("channel", "as"),
     *ENDS[2:],
-    share("share", "share"),
+    share_column("share", "share"),
 )
 POOLED_COLUMNS = (
     *ANSWER_ENDS,
@@ -116,10 +116,14 @@ POOLED_COLUMNS = (
         lambda row: f"{signed_percent(row['low'])} to {signed_percent(row['high'])}",
         lambda row: row["low"],
     ),
-    number("value", "value"),
-    number("prompts", "prompts"),
+    number_column("value", "value"),
+    number_column("prompts", "prompts"),
 )
-PROMPT_COLUMNS = (*ANSWER_ENDS, share("of_node", "of its reader"), number("value", "value"))
+PROMPT_COLUMNS = (
+    *ANSWER_ENDS,
+    share_column("of_node", "of its reader"),
+    number_column("value", "value"),
+)
 
 
 def edge_table(edges: pd.DataFrame) -> EdgeTable:

@@ -39,7 +39,7 @@ class AnswerTrace:
     tokens: prompt, pos, token, value, share: what the embedding of a token has.
     paths: prompt, pos (of its token), path (number), value, share, steps, text, and roles, the text
     with roles in the place of tokens: the largest, from token to answer.
-    comparisons: what heads in the graph compare, see `signals.compare_scores`, with share.
+    comparisons: what heads in the graph compare, see `signals.compare_heads`, with share.
     """
 
     model: Model
@@ -51,6 +51,17 @@ class AnswerTrace:
     tokens: pd.DataFrame
     paths: pd.DataFrame
     comparisons: pd.DataFrame
+
+    @property
+    def used(self) -> pd.DataFrame:
+        """The prompts that are not flat."""
+        return self.prompts[~self.prompts["flat"]]
+
+    @property
+    def explained(self) -> float:
+        """The part of the differences that the graphs alone carry, over all prompts."""
+        used = self.used
+        return float((used["explained"] * used["difference"]).sum() / used["difference"].sum())
 
     def nodes(self) -> pd.DataFrame:
         """Nodes of the graphs: prompt, component, pos, into and out (sums of values of edges)."""
@@ -99,18 +110,21 @@ class AnswerTrace:
         draws: int,
         seed: int,
     ) -> tuple[np.ndarray, ...]:
-        """Σ value / ΣΔF of every group of rows: mean value, share, low, high."""
+        """Σ value / ΣΔF of every group of rows: mean value, share, low, high.
+
+        Over the prompts that are not flat, which are not drawn either.
+        """
         used = ~self.prompts["flat"].to_numpy()
         given = self.prompts["prompt"] if clusters is None else pd.Series(list(clusters))
-        cluster = given.factorize()[0]
-        size = int(cluster.max()) + 1
-        place = cluster[rows["prompt"]] * groups + group
-        values = np.bincount(place, rows["value"], size * groups).reshape(size, groups)
-        whole = np.bincount(cluster, self.prompts["difference"] * used, size)
+        cluster = given.where(used).factorize()[0]  # −1 for a flat one
+        size, mine = int(cluster.max()) + 1, used[rows["prompt"]]
+        place = (cluster[rows["prompt"]] * groups + group)[mine]
+        values = np.bincount(place, rows["value"][mine], size * groups).reshape(size, groups)
+        whole = np.bincount(cluster[used], self.prompts["difference"][used], size)
         times = resample(size, draws, seed)
         found = times @ values / (times @ whole)[:, None]
         low, high = bounds(found[1:])
-        return values.sum(0) / max(1, used.sum()), found[0], np.asarray(low), np.asarray(high)
+        return values.sum(0) / used.sum(), found[0], np.asarray(low), np.asarray(high)
 
     def pooled_tokens(
         self, clusters: Iterable[int] | None = None, draws: int = DRAWS, seed: int = 0
@@ -152,8 +166,7 @@ class AnswerTrace:
             prompts=("prompt", "nunique"), attention=("attention", "mean"),
             other=("other", "mean"), share=("value", "sum"), size=("size", "median"),
         ).reset_index()  # fmt: skip
-        whole = self.prompts.loc[~self.prompts["flat"], "difference"].sum()
-        found = found.assign(share=found["share"] / whole)
+        found = found.assign(share=found["share"] / self.used["difference"].sum())
         return found.sort_values("share", key=abs, ascending=False, ignore_index=True)
 
 

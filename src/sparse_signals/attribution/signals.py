@@ -25,7 +25,7 @@ COMPARISONS = [
     "prompt", "layer", "head", "name", "dest", "src", "attention", "other", "change", "value",
 ]  # fmt: skip
 BLOCKS = {"all directions": None, "blocks of 8": 8, "blocks of 4": 4}  # how far rotations mix
-SOURCES = 3  # sources of every head and destination
+STRONGEST_SOURCES = 3  # sources of every head and destination
 
 
 def difference_slices(
@@ -57,7 +57,7 @@ def _slices(
     return ((d + d2) * (s - s2) + (s + s2) * (d - d2)) / 2, d * s
 
 
-def compare_scores(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> pd.DataFrame:
+def compare_heads(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> pd.DataFrame:
     """The sources of heads whose change of score matters most, one row each.
 
     Columns as `COMPARISONS`: attention in x, and the other one in x′, the change of the score, and
@@ -82,7 +82,7 @@ def compare_scores(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) ->
             scores.append((q @ k.mT)[:, 0] / divisor)
         change = (scores[0] - scores[1]).masked_fill(~seen, 0.0)
         value = heard.masked_fill(~seen, 0.0) * change
-        best = value.abs().topk(min(SOURCES, value.shape[1]), dim=1).indices
+        best = value.abs().topk(min(STRONGEST_SOURCES, value.shape[1]), dim=1).indices
         row = torch.arange(len(part), device=best.device).repeat_interleave(best.shape[1])
         src = best.flatten()
         used = value[row, src] != 0
@@ -127,7 +127,7 @@ def difference_sparsity(
     for rows, runs in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
         found = next(runs.readers())
         nodes = [_all_heads(runs, layer) for layer in range(model.n_layers)]
-        table = compare_scores(runs, found, nodes)
+        table = compare_heads(runs, found, nodes)
         whole = runs.difference.abs().cpu().numpy()[table["prompt"]]
         table = table[table["value"].abs() >= least * whole]
         for layer, part in table.groupby("layer"):

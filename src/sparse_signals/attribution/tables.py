@@ -22,7 +22,7 @@ from sparse_signals.attribution.graph import (
 from sparse_signals.attribution.inputs import Heads
 from sparse_signals.attribution.paths import Ways, find_paths
 from sparse_signals.attribution.readers import Node, Readers
-from sparse_signals.attribution.signals import compare_scores
+from sparse_signals.attribution.signals import compare_heads
 from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.tracing.roots import position_of
@@ -226,7 +226,7 @@ def _path_table(
         while (step := before[steps[-1]]) >= 0:
             steps.append(step)
         places = [token[step] for step in steps]
-        labels = [f"{pos} {runs.batch.labels[prompt][pos].strip()}" for pos in places]
+        labels = [place_name(runs.batch, prompt, pos) for pos in places]
         own = [roles[prompt, pos] for pos in places]
         components = [ANSWER if number[step] == READ_OUT else names[number[step]] for step in steps]
         channels = [CHANNELS[kind[step]] for step in steps[:-1]]
@@ -269,7 +269,7 @@ def _comparison_table(
         ]
         if len(down):
             nodes.append(Heads(layer, prompt, down - first, dest))
-    table = compare_scores(runs, found, nodes)
+    table = compare_heads(runs, found, nodes)
     share = table["value"] / whole.cpu().numpy()[table["prompt"]]
     return table.assign(share=share)
 
@@ -280,3 +280,8 @@ def role_names(batch: Batch) -> np.ndarray:
     prompts, length = batch.tokens.shape
     places = pd.MultiIndex.from_product([range(prompts), range(length)])
     return joined.reindex(places).to_numpy().reshape(prompts, length)
+
+
+def place_name(batch: Batch, prompt: int, pos: int) -> str:
+    """A token with its place, which tells it from others of the same word: "10 John"."""
+    return f"{pos} {batch.labels[prompt][pos].strip()}"

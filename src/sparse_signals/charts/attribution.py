@@ -21,6 +21,7 @@ CHANNEL_KINDS = Kinds(
     "Colour and dashes tell what an edge changes in its reader: the query, key or value of a head, "
     "the input of an MLP, or the answer directly. Its thickness is its share of the difference "
     "between the two answers.",
+    reader="component",
 )
 SHARE_UNIT = "% of the difference"
 SIGNED_SHARE = alt.Tooltip("share:Q", format="+.1%", title="share of the difference")
@@ -143,7 +144,8 @@ def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
     sizes = table["share"].abs().sort_values(ascending=False)
     half = int((sizes.cumsum() < sizes.sum() / 2).sum()) + 1
     best = shown.loc[shown["share"].abs().idxmax()]
-    few = f"{half} of {len(table)} {'roles' if pooled else 'tokens'} {'holds' if half == 1 else 'hold'}"
+    what, holds = "roles" if pooled else "tokens", "holds" if half == 1 else "hold"
+    few = f"{half} of {len(table)} {what} {holds}"
     chart = alt.layer(*layers).properties(width=WIDTH - 180, height=alt.Step(20))
     return finish(
         chart,

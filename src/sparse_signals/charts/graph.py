@@ -32,11 +32,11 @@ NOTHING = (
     "window:keydown[event.key === 'Escape']"
 )
 QUIET = "!(hover.node || pinned.node || chosen)"  # Vega expression: no node is active
-SIGN = "⊖ marks an edge that works against the answer."
+MINUS_SAID = "⊖ marks an edge that works against the answer."
 MINUS = "M-1,0A1,1,0,1,1,1,0A1,1,0,1,1,-1,0M-0.6,0L0.6,0"  # the path of that mark
 ANSWER_NODE = "answer"
 HOW = (
-    "Edges run upwards, from the component that writes to the head that reads. Point at a node "
+    "Edges run upwards, from the component that writes to the {} that reads. Point at a node "
     "to see its edges, click to pin it (with Shift: several), Escape unpins."
 )
 LETTER_KEY = (
@@ -78,7 +78,8 @@ class Kinds:
 
     `dashes`: kinds as in the column `field`, in the order of the colours. `right`: those that bend
     to the right within a column. `size`: the column of the thickness, `measure` its name. `told`
-    says all this in words. `about`: what is shown at the pointer beside the kind.
+    says all this in words. `about`: what is shown at the pointer beside the kind. `reader`: what an
+    edge leads to, in a word.
     """
 
     field: str
@@ -89,6 +90,7 @@ class Kinds:
     measure: str
     told: str
     about: tuple[alt.Tooltip, ...] = ()
+    reader: str = "head"
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def draw(
         f"A slider prunes edges by {slider.unit}, a menu chooses a node. {title}."
     )
     chart = chart.properties(width=layout.width, height=layout.height)
-    how = [HOW, *[SIGN] * signed, *[LETTER_KEY] * layout.brief]
+    how = [HOW.format(kinds.reader), *[MINUS_SAID] * signed, *[LETTER_KEY] * layout.brief]
     return finish(chart, title, description, " ".join(how))
 
 
@@ -357,24 +359,27 @@ def _curves(bent: alt.Chart) -> alt.Chart:
     ).transform_flatten(["i", "px", "py"])
 
 
-def _kind_colour(kinds: Kinds, legend: alt.Legend | None) -> alt.Color:
+def _kind_colour(kinds: Kinds) -> alt.Color:
     scale = alt.Scale(domain=list(kinds.dashes), range=COLOURS[: len(kinds.dashes)])
-    return alt.Color(f"{kinds.field}:N", scale=scale, title=kinds.title, legend=legend)
+    return alt.Color(f"{kinds.field}:N", scale=scale, title=kinds.title, legend=_legend())
+
+
+def _legend() -> alt.Legend:
+    return alt.Legend(orient="top", symbolType="stroke", symbolSize=400)
 
 
 def _lines(curves: alt.Chart, axes: Axes, kinds: Kinds, tips: list[alt.Tooltip]) -> alt.Chart:
     """The edges: colour and dashes for the kind, thickness for the size."""
     dash = alt.Scale(domain=list(kinds.dashes), range=list(kinds.dashes.values()))
     width = alt.Scale(type="linear", domainMin=0, range=[0.6, 4])
-    legend = alt.Legend(orient="top", symbolType="stroke", symbolSize=400)
-    share = alt.Legend(**legend.to_dict(), format=".0%", tickCount=3)
+    share = alt.Legend(**_legend().to_dict(), format=".0%", tickCount=3)
     field = f"{kinds.field}:N"
     return curves.mark_line(interpolate="basis", aria=False).encode(
         alt.X("px:Q", **axes[0]),
         alt.Y("py:Q", **axes[1]),
         alt.Order("i:Q"),
-        _kind_colour(kinds, legend),
-        alt.StrokeDash(field, scale=dash, title=kinds.title, legend=legend),
+        _kind_colour(kinds),
+        alt.StrokeDash(field, scale=dash, title=kinds.title, legend=_legend()),
         alt.StrokeWidth(f"{kinds.size}:Q", scale=width, title=kinds.measure, legend=share),
         detail=["writer:N", "reader:N", "lane:Q"],
         opacity=_opacity(),
@@ -392,11 +397,11 @@ def _minus_signs(bent: alt.Chart, axes: Axes, kinds: Kinds) -> alt.Chart:
         mx="(datum.x0 + datum.x1) / 2 + 23 / 24 * datum.bend",  # of a uniform cubic B-spline
         my="(datum.y0 + datum.y1) / 2",
     )
-    mark = middle.mark_point(shape=MINUS, size=26, fill="white", strokeWidth=1.3, aria=False)
+    mark = middle.mark_point(shape=MINUS, size=50, fill="white", strokeWidth=1.5, aria=False)
     return mark.encode(
         alt.X("mx:Q", **axes[0]),
         alt.Y("my:Q", **axes[1]),
-        stroke=alt.Stroke(**_kind_colour(kinds, None).to_dict()),
+        _kind_colour(kinds),
         opacity=_opacity(),
     )
 

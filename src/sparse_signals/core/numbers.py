@@ -38,13 +38,13 @@ def interval(value: float, low: float, high: float) -> str:
     return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
 
 
-def percent(share: float) -> str:
+def percent(share: float | np.floating) -> str:
     """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
     number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"
     return f"{number}\u00a0%"  # a line never breaks there
 
 
-def signed_percent(share: float) -> str:
+def signed_percent(share: float | np.floating) -> str:
     """A share that may be negative, as people say it: −0.031 is "−3 %"."""
     return f"−{percent(-share)}" if share < 0 else percent(share)
 
