@@ -32,9 +32,7 @@ def test_title_names_the_largest_edge_and_who_writes_the_answer(pooled):
     row = pooled.loc[5]
     chart = charts.answer_graph(pooled)
     name = f"{row['upstream']} at {row['role']} → {row['downstream']} at {row['dest_role']}"
-    assert f"largest of 60 edges pooled over 256 prompts is {name} (50\xa0%), against" in title(
-        chart
-    )
+    assert f"largest edge pooled over 256 prompts is {name} (50\xa0%), against" in title(chart)
     into = pooled[pooled["downstream"] == "answer"].groupby("upstream")["share"].sum()
     first = into.abs().idxmax()
     assert f"write above all {first} ({signed_percent(into[first])})" in title(chart)
@@ -87,7 +85,7 @@ def test_a_prompt_has_a_column_for_every_token(pooled):
     edges = of_prompt(pooled)
     svg = drawn(charts.answer_prompt_graph(edges, made_up.TOKENS))
     assert "13 to" in svg and "answer" in svg
-    assert "edges of this prompt" in title(charts.answer_prompt_graph(edges, made_up.TOKENS))
+    assert "largest edge of this prompt" in title(charts.answer_prompt_graph(edges, made_up.TOKENS))
 
 
 def test_no_edges_and_no_tokens_are_errors(pooled):

@@ -126,13 +126,13 @@ def _asked(asked: Questions, right: str, wrong: str) -> str:
 
 def _split(traced: AnswerTrace) -> str:
     """What is split, and how much of it the graph carries, in words."""
-    difference, edges = traced.used[["difference", "edges"]].mean().map(fmt)
-    asked, what = traced.facts["asked"], f"The difference of {difference} is split here"
+    difference, edges = traced.used[["difference", "edges"]].mean()
+    asked, what = traced.facts["asked"], f"The difference of {fmt(difference)} is split here"
     if asked.startswith("what "):
-        what = f"Of this, {asked.split(' adds')[0]} adds, {difference} is split here"
+        what = f"Of this, {asked.split(' adds')[0]} adds, {fmt(difference)} is split here"
     many = " of each prompt (on average)" if len(traced.prompts) > 1 else ""
     carry = f"alone carry {signed_percent(traced.explained)} of it"
-    return f"{what}: the {edges} strongest edges{many} {carry}."
+    return f"{what}: the {round(edges):,} strongest edges{many} {carry}."
 
 
 def _others(asked: Questions, n: int) -> list[str | None]:

@@ -26,7 +26,7 @@ from sparse_signals.core.numbers import fmt, rounded, signed_percent
 from sparse_signals.core.resume import atomic
 from sparse_signals.tracing.circuit import Circuit
 
-MOST_EDGES = 400  # of a trace from the answer, on its page; the files have all
+MOST_EDGES = 200  # of a trace from the answer, on its page; the files have all
 PAGES = Environment(
     loader=PackageLoader("sparse_signals", "assets"), autoescape=True, undefined=StrictUndefined
 )

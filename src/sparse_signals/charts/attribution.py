@@ -94,7 +94,7 @@ def _graph(
     best = largest_edge(table, table["size"])
     if table["share"].iloc[table["size"].argmax()] < 0:
         best = f"{best}, against the answer"
-    said = f"The largest of {len(table)} edges {of} is {best}"
+    said = f"The largest edge {of} is {best}"
     if len(into):
         by = into.groupby("upstream", sort=False)["share"].sum()
         by = by.loc[by.abs().sort_values(ascending=False, kind="stable").index]
