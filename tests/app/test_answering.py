@@ -172,7 +172,7 @@ def test_another_node_can_be_asked(said, out, page):
 def test_settings_reach_the_trace(said, out):
     assert said("answer --n 2 --part 0.5 --least 0.05 --paths 3 --dtype float64 --quiet")[0] == 0
     facts = read_circuit(out / "circuit.json").facts
-    assert "part 0.5, least 0.05, beam 256, paths 3, dtype float64" in facts["settings"]
+    assert "part 0.5, least 0.05, beam 64, paths 3, dtype float64" in facts["settings"]
     assert set(tables(out)["paths"]["path"]) == {0, 1, 2}
     assert tables(out)["edges"]["strength"].min() >= 0.05
 

@@ -305,6 +305,7 @@ def test_a_prompt_that_does_not_change_is_named_and_the_others_go_on(shipped):
     assert traced.pool()["share"].notna().all()
     two = replace(
         traced,
+        batch=batch.rows(slice(3, 5)),
         prompts=traced.prompts.query("prompt > 2"),
         edges=traced.edges.query("prompt == 3").assign(prompt=0),
     )

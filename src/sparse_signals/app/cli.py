@@ -370,8 +370,8 @@ def _add_answer_settings(answer: argparse.ArgumentParser) -> None:
         "--paths",
         metavar="N",
         type=count,
-        default=50,
-        help="whole paths to keep for every prompt (default: 50)",
+        default=20,
+        help="whole paths to keep for every prompt (default: 20)",
     )
     _add_output(group, "sparse-signals-answer")
 

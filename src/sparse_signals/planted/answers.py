@@ -33,7 +33,7 @@ OWNERS, CARRIED_THINGS = PEOPLE[:4], THINGS[:8]
 CLOCK = ("zero", "one", "two", "three", "four")
 SUMS = ("[A] plus [B] makes", "what is [A] plus [B] , say")
 SWITCHES = ("[F] [P] or [Q] [E]", "[F] [P] or [Q] and only [E]")
-FLAGS, ENDS, CHOICES = ("take", "leave"), ("former", "latter"), {"former": 2, "latter": 4}
+FLAGS, WHICH, CHOICES = ("take", "leave"), ("former", "latter"), {"former": 2, "latter": 4}
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ def _draw_sum(rng: random.Random, n: int) -> tuple[dict, dict]:
 def _switch() -> AnswerPlanting:
     flags = tuple(("token", flag) for flag in FLAGS)
     first = Head(
-        0, 0, tuple(Match(("token", end), flags) for end in ENDS), pass_on("token", "flag", FLAGS)
+        0, 0, tuple(Match(("token", end), flags) for end in WHICH), pass_on("token", "flag", FLAGS)
     )
     units = tuple(
         Unit(0, (("flag", flag), ("token", end)), ("look", _chosen(flag, end)))
-        for flag, end in product(FLAGS, ENDS)
+        for flag, end in product(FLAGS, WHICH)
     )
     looks = tuple(Match(("look", end), (("position", at),)) for end, at in CHOICES.items())
     second = Head(1, 0, looks, pass_on("token", "answer", CARRIED_THINGS))
@@ -225,7 +225,7 @@ def _switch() -> AnswerPlanting:
         ("MLP 0", "end", "query", "1.0", "end"),
         ("1.0", "end", "direct", "answer", "end"),
     )
-    vocabulary = (START, *CARRIED_THINGS, *FLAGS, *ENDS, *_words_of(*SWITCHES))
+    vocabulary = (START, *CARRIED_THINGS, *FLAGS, *WHICH, *_words_of(*SWITCHES))
     heads = (first, second, *_decoys(first, second, "or"))
     decoys = dict.fromkeys(("0.2", "0.3", "1.1"), "end")
     return AnswerPlanting(heads, vocabulary, _draw_switch, links, units, decoys)
@@ -233,13 +233,13 @@ def _switch() -> AnswerPlanting:
 
 def _chosen(flag: str, end: str) -> str:
     """Which of the two words is left: "take the former", "leave the latter"."""
-    return end if flag == FLAGS[0] else ENDS[1 - ENDS.index(end)]
+    return end if flag == FLAGS[0] else WHICH[1 - WHICH.index(end)]
 
 
 def _draw_switch(rng: random.Random, n: int) -> tuple[dict, dict]:
-    things, end = rng.sample(CARRIED_THINGS, 2), rng.choice(ENDS)
+    things, end = rng.sample(CARRIED_THINGS, 2), rng.choice(WHICH)
     flags = rng.sample(FLAGS, 2)
-    answers = [things[ENDS.index(_chosen(flag, end))] for flag in flags]
+    answers = [things[WHICH.index(_chosen(flag, end))] for flag in flags]
     slots = [{"F": flag, "P": things[0], "Q": things[1], "E": end} for flag in flags]
     return _both(SWITCHES[n % 2], {"flag": "[F]"}, answers, slots)
 
