@@ -17,7 +17,11 @@ from sparse_signals.attribution.graph import carried, change_of, find_edges, ran
 from sparse_signals.attribution.inputs import INPUTS, Heads
 from sparse_signals.attribution.paths import find_paths
 from sparse_signals.attribution.shares import edge_shares, node_shares
-from sparse_signals.attribution.signals import compare_heads, difference_slices
+from sparse_signals.attribution.signals import (
+    compare_heads,
+    difference_slices,
+    edge_slices,
+)
 from sparse_signals.attribution.tables import (
     AnswerSettings,
     Asked,
@@ -28,6 +32,8 @@ from sparse_signals.attribution.tables import (
 )
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
+from sparse_signals.core.stats import random_rotation
+from sparse_signals.signals.slices import model_basis
 
 NODES = (None, Asked("1.2", 8), Asked("MLP 1", 8), Asked("2.1", "end"), Asked("MLP 2", "end"))
 STREAMS = (Asked("stream 1", 8, torch.ones(32).double()), Asked("stream 3", "end", torch.ones(32)))
@@ -173,6 +179,21 @@ def test_comparisons_are_what_queries_and_keys_carry(runs, monkeypatch):
         match = (mine.prompt == prompt) & (mine.down == first + head)
         match &= mine.dest == dest - runs.start
         assert value == pytest.approx(float(mine.value[match].sum()), abs=1e-13)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_slices_of_edges_sum_to_their_shares(runs, layer):
+    found = next(runs.readers())
+    edges, first = find_edges(runs, found), 1 + layer * (runs.model.n_heads + 1)
+    mine = edges[(edges.down >= first) & (edges.down < first + runs.model.n_heads)]
+    mine = mine[mine.kind < 2]
+    parts = edge_slices(runs, found, layer, mine)
+    assert len(mine) > 100
+    assert close(parts.sum(1), mine.value)
+    turned = model_basis(runs.model).turned(random_rotation(runs.model.d_head, 0))
+    other = edge_slices(runs, found, layer, mine, turned)
+    assert close(other.sum(1), mine.value)
+    assert not close(other, parts, 1e-2)
 
 
 # --- traces ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 key: the mean of one side times what differs on the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
@@ -12,12 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_signals.attribution.aligned import AlignedRuns, Counterfactual
-from sparse_signals.attribution.inputs import Heads, into_heads
+from sparse_signals.attribution.graph import TokenEdges, find_edges, first_head
+from sparse_signals.attribution.inputs import INPUTS, Attending, Heads, into_heads
 from sparse_signals.attribution.readers import Readers
+from sparse_signals.attribution.record import reading_weights
+from sparse_signals.core.forward import angles
 from sparse_signals.core.matmul import grouped_matmul
 from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch
+from sparse_signals.core.rotary import rotate
 from sparse_signals.core.stats import participation_ratio, random_rotation
 from sparse_signals.signals.slices import Basis, model_basis, sparsity, support
 
@@ -105,6 +109,40 @@ def compare_heads(runs: AlignedRuns, found: Readers, nodes: Sequence[Heads]) -> 
     return table.assign(vectors=pd.Series(vectors, table.index, dtype=object))
 
 
+def edge_slices(
+    runs: AlignedRuns, found: Readers, layer: int, edges: TokenEdges, basis: Basis | None = None
+) -> Float[Tensor, "edge r"]:
+    """The slices of edges into queries and keys of one layer: they sum to the share of the edge.
+
+    Into a query, Δd_k of what upstream wrote times what F hears of s̄_k over all sources; into a
+    key, what F hears of d̄_k times Δs_k.
+    """
+    model, basis = runs.model, basis or model_basis(runs.model)
+    nodes = Heads(layer, edges.prompt, edges.down - first_head(model, layer), edges.dest)
+    heads, readers = Attending.of(runs, nodes), found.layers[layer]
+    here = nodes.dest if readers.z.shape[2] > 1 else torch.zeros_like(nodes.dest)
+    of_weights, _ = heads.mixing.transpose(readers.z[nodes.prompt, nodes.head, here].unsqueeze(1))
+    heard = heads.softmax.transpose(of_weights)
+    change = runs.changes[0][edges.up, edges.prompt, edges.token]
+    change = heads.norm.at((edges.prompt, edges.token)).folded(change)
+    W_Q, W_K, _ = reading_weights(model, layer)
+    into_q = (edges.kind == INPUTS.index("q")).unsqueeze(1)
+    q = grouped_matmul(change, W_Q, nodes.head)
+    k = grouped_matmul(change, W_K, nodes.head // (model.n_heads // model.n_kv_heads))
+    if model.rotary:
+        turn = tuple(x[heads.start + edges.token] for x in angles(model))
+        q, k = (rotate(x, *turn) for x in (q, k))
+    number = torch.arange(len(edges), device=heard.device)
+    at_key = heard[number, 0, heads.start + edges.token].unsqueeze(1)
+    dest = torch.where(into_q, q, at_key * heads.score.q[:, 0])
+    src = torch.where(into_q, (heard @ heads.score.k)[:, 0], k)
+    sides = (
+        grouped_matmul(x.double(), maps[layer], nodes.head)
+        for x, maps in ((dest, basis.dest), (src, basis.src))
+    )
+    return next(sides) * next(sides)
+
+
 @torch.no_grad()
 def difference_sparsity(
     model: Model,
@@ -115,26 +153,67 @@ def difference_sparsity(
     least: float = 0.02,
     repeats: int = 5,
 ) -> pd.DataFrame:
-    """Participation ratios of Δa in the singular basis, and over that in random rotations of it.
+    """Participation ratios of slices in the singular basis, and those in random rotations of it.
 
-    Of all heads, destinations and sources whose change of score has at least `least` of |ΔF|. A
-    rotation mixes all directions of a head, or only blocks of neighbouring singular vectors: then
-    it keeps the spectrum, so what is left is that single directions mean something. The score a of
-    x is measured beside. One row a pair and `BLOCKS`: prompt, name, of ("Δa", "a"), null,
+    Of Δa and, beside it, of the score a in x: of all heads, destinations and sources whose change
+    of score has at least `least` of |ΔF|. And of single edges into queries and keys with as much.
+    A rotation mixes all directions of a head, or only blocks of neighbouring singular vectors: then
+    it keeps the spectrum, so what is left is that single directions mean something.
+    One row for each of them and of `BLOCKS`: prompt, name, of ("Δa", "a", "an edge's share"), null,
     participation, rotated (its mean over `repeats` rotations).
     """
     pieces = []
     for rows, runs in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
         found = next(runs.readers())
-        nodes = [_all_heads(runs, layer) for layer in range(model.n_layers)]
-        table = compare_heads(runs, found, nodes)
-        whole = runs.difference.abs().cpu().numpy()[table["prompt"]]
-        table = table[table["value"].abs() >= least * whole]
-        for layer, part in table.groupby("layer"):
-            columns = (part[name].to_numpy() for name in ("prompt", "head", "dest", "src"))
-            prompt, head, dest, src = (torch.tensor(x, device=runs.last.device) for x in columns)
-            some = Heads(int(layer), prompt, head, dest - runs.start)  # pyright: ignore
-            pieces.append(_sparsity(runs, some, src, repeats, rows.start))
+        edges = find_edges(runs, found, least=least)
+        edges = edges[(edges.kind < INPUTS.index("v")) & (edges.down >= 0)]
+        for layer in range(model.n_layers):
+            mine = edges[(edges.down - 1) // (model.n_heads + 1) == layer]
+            tables = _of_layer(runs, found, layer, mine, least, repeats)
+            pieces += [x.assign(prompt=x["prompt"] + rows.start) for x in tables]
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _of_layer(
+    runs: AlignedRuns, found: Readers, layer: int, edges: TokenEdges, least: float, repeats: int
+) -> Iterator[pd.DataFrame]:
+    """The measures of one layer: changes of scores, scores, edges into queries and keys."""
+    table = compare_heads(runs, found, [_all_heads(runs, layer)])
+    whole = runs.difference.abs().cpu().numpy()[table["prompt"]]
+    table = table[table["value"].abs() >= least * whole]
+    columns = (table[name].to_numpy() for name in ("prompt", "head", "dest", "src"))
+    prompt, head, dest, src = (torch.tensor(x, device=runs.last.device) for x in columns)
+    nodes = Heads(layer, prompt, head, dest - runs.start)
+    sliced: dict[str, tuple[Tensor, Tensor, Callable[[Basis], Tensor]]] = {
+        "Δa": (prompt, head, lambda basis: _slices(runs, nodes, src, basis)[0]),
+        "a": (prompt, head, lambda basis: _slices(runs, nodes, src, basis)[1]),
+        "an edge's share": (
+            edges.prompt,
+            edges.down - first_head(runs.model, layer),
+            lambda basis: edge_slices(runs, found, layer, edges, basis),
+        ),
+    }
+    for of, (prompts, heads, slices) in sliced.items():
+        if len(prompts):
+            names = [head_name(layer, number) for number in heads.tolist()]
+            each = pd.DataFrame({"prompt": prompts.cpu().numpy(), "name": names})
+            yield _against_rotations(each.assign(of=of), slices, model_basis(runs.model), repeats)
+
+
+def _against_rotations(
+    table: pd.DataFrame,
+    sliced: Callable[[Basis], Float[Tensor, "row r"]],
+    basis: Basis,
+    repeats: int,
+) -> pd.DataFrame:
+    """The table with participation ratios in a basis, and in rotations of it by `BLOCKS`."""
+    rank, pieces = basis.dest.shape[-1], []
+    own = participation_ratio(sliced(basis)).cpu().numpy()
+    for null, width in BLOCKS.items():
+        turns = (_rotation(rank, width or rank, 100 * n) for n in range(repeats))
+        found = [participation_ratio(sliced(basis.turned(turn))) for turn in turns]
+        rotated = torch.stack(found).mean(0).cpu().numpy()
+        pieces.append(table.assign(participation=own, rotated=rotated, null=null))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -145,28 +224,6 @@ def _all_heads(runs: AlignedRuns, layer: int) -> Heads:
         seen = torch.zeros_like(seen).scatter(1, runs.last[:, None], True)
     heads = seen[:, None].expand(-1, runs.model.n_heads, -1)
     return Heads(layer, *heads.nonzero(as_tuple=True))
-
-
-def _sparsity(
-    runs: AlignedRuns, nodes: Heads, src: Int[Tensor, "node"], repeats: int, first: int
-) -> pd.DataFrame:
-    basis, rank = model_basis(runs.model), runs.model.d_head
-
-    def measured(basis: Basis) -> dict[str, Float[Tensor, "node"]]:
-        change, score = _slices(runs, nodes, src, basis)
-        return {"Δa": participation_ratio(change), "a": participation_ratio(score)}
-
-    names = head_name(pd.Series([nodes.layer] * len(nodes)), pd.Series(nodes.head.cpu().numpy()))
-    own, pieces = measured(basis), []
-    for null, width in BLOCKS.items():
-        turns = [_rotation(rank, width or rank, 100 * n) for n in range(repeats)]
-        found = [measured(basis.turned(turn)) for turn in turns]
-        for of, value in own.items():
-            rotated = torch.stack([x[of] for x in found]).mean(0)
-            table = pd.DataFrame({"prompt": nodes.prompt.cpu().numpy() + first, "name": names})
-            table["participation"], table["rotated"] = value.cpu().numpy(), rotated.cpu().numpy()
-            pieces.append(table.assign(of=of, null=null))
-    return pd.concat(pieces, ignore_index=True)
 
 
 def _rotation(rank: int, width: int, seed: int) -> Float[Tensor, "r r"]:
