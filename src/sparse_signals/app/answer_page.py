@@ -110,7 +110,7 @@ def pooled_view(
         "part of the difference that the edges of its graph alone carry.",
         "prompts": shown.assign(
             text=asked.batch.table["text"].head(MOST_PROMPTS),
-            other=_others(asked, len(shown)),
+            other=_others(asked, len(shown)),  # pyright: ignore[reportArgumentType]
             right=[_words(traced, ids) for ids in asked.right[:MOST_PROMPTS]],
             wrong=[_words(traced, ids) for ids in asked.wrong[:MOST_PROMPTS]],
         ).to_dict("records"),

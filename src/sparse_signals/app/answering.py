@@ -50,7 +50,7 @@ STRONGEST_EDGES = ["upstream", "role", "channel", "downstream", "dest_role"]
 
 
 @dataclass(frozen=True)
-class AnswerJob(Job):
+class AnswerJob(Job[AnswerSettings]):
     """A command line that has been understood, with what is asked and what prompts are compared to.
 
     `compared` says the latter in words.
@@ -294,10 +294,12 @@ def answer_summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int
         names = [place_name(traced.batch, 0, pos) for pos in tokens["pos"]]
         paths = traced.paths
     tokens = tokens.assign(name=names).query("value != 0").head(SUMMARY_LINES["tokens"])
-    said = (f"{row.name} {signed_percent(row.share)}" for row in tokens.itertuples(index=False))
+    largest = zip(tokens["name"], tokens["share"], strict=True)
+    said = (f"{name} {signed_percent(share)}" for name, share in largest)
     lines += [f"tokens by share: {', '.join(said)}", "largest paths:"]
-    for row in paths.head(SUMMARY_LINES["paths"]).itertuples(index=False):
-        lines.append(f"{signed_percent(row.share):>8}  {row.text}")
+    paths = paths.head(SUMMARY_LINES["paths"])
+    for share, text in zip(paths["share"], paths["text"], strict=True):
+        lines.append(f"{signed_percent(share):>8}  {text}")
     edges = pooled.head(SUMMARY_LINES["edges"])
     table = edges[STRONGEST_EDGES].assign(
         share=edges["share"].map(signed_percent),

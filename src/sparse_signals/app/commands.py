@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
@@ -71,16 +71,17 @@ FILES = {
     ],
 }
 STRONGEST = ["upstream", "role", "downstream", "side", "dest_role", "src_role"]
+Chosen = TypeVar("Chosen", Settings, AnswerSettings)
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[Chosen]):
     """A command line that has been understood: model, prompts, settings, folder for the files."""
 
     options: Namespace
     model: Model
     batch: Batch
-    settings: Settings | AnswerSettings
+    settings: Chosen
     out: Path
     started: float
 
@@ -172,7 +173,7 @@ def remove_empty(folder: Path) -> None:
             path.rmdir()
 
 
-def understand(options: Namespace, started: float) -> Job:
+def understand(options: Namespace, started: float) -> Job[Settings]:
     """Load the model, read the prompts, open the folder."""
     settings, model = read_settings(options), open_model(options)
     table = prompt_table(options, model)
@@ -274,7 +275,7 @@ def describe_prompts(job: Job) -> str:
 # --- signals -------------------------------------------------------------------------------------
 
 
-def run_signals(job: Job) -> str:
+def run_signals(job: Job[Settings]) -> str:
     """Write firings.parquet, a chunk of prompts at a time, and return a summary."""
 
     def find(rows: slice) -> dict[str, pd.DataFrame]:
@@ -312,7 +313,7 @@ def firing_table(run: Run, settings: Settings, first_prompt: int = 0) -> pd.Data
 # --- trace ---------------------------------------------------------------------------------------
 
 
-def run_trace(job: Job) -> str:
+def run_trace(job: Job[Settings]) -> str:
     """Trace, write the edges and the pooled circuit, and return a summary."""
     roots, progress = choose_roots(job), not job.options.quiet
     with warnings.catch_warnings():
@@ -348,7 +349,7 @@ def run_trace(job: Job) -> str:
     return f"{outcome(job, found, errors, paths)}\n{strongest_edges(circuit)}"
 
 
-def choose_roots(job: Job) -> list[Root]:
+def choose_roots(job: Job[Settings]) -> list[Root]:
     """The roots of the command line, or the heads that write most of the answer themselves.
 
     The latter are kept like a chunk: a run that goes on does not look for them again.

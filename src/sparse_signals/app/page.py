@@ -4,7 +4,7 @@ The file opens from a disk, asks no host for anything, and keeps its state in it
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -33,6 +33,8 @@ PAGES = Environment(
 PAGES.filters["fmt"] = fmt
 PAGES.filters["percent"] = signed_percent
 
+Row = dict[Hashable, Any]  # of a table, as pandas gives it
+
 
 @dataclass(frozen=True)
 class Column:
@@ -43,14 +45,14 @@ class Column:
 
     key: str
     heading: str
-    show: Callable[[dict[str, Any]], str] | None = None
-    by: Callable[[dict[str, Any]], int | float] | None = None
+    show: Callable[[Row], str] | None = None
+    by: Callable[[Row], int | float] | None = None
 
-    def text(self, row: dict[str, Any]) -> str:
+    def text(self, row: Row) -> str:
         """What stands in a row."""
         return row[self.key] if self.show is None else self.show(row)
 
-    def value(self, row: dict[str, Any]) -> int | float:
+    def value(self, row: Row) -> int | float:
         """What a row is sorted by."""
         return row[self.key] if self.by is None else self.by(row)
 
@@ -61,7 +63,7 @@ class EdgeTable:
 
     spec: dict[str, Any]
     columns: Sequence[Column]
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     sort: str
     caption: str
 

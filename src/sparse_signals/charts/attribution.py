@@ -143,7 +143,7 @@ def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
     )
     sizes = table["share"].abs().sort_values(ascending=False)
     half = int((sizes.cumsum() < sizes.sum() / 2).sum()) + 1
-    best = shown.loc[shown["share"].abs().idxmax()]
+    best = shown.iloc[int(shown["share"].abs().argmax())]
     what, holds = "roles" if pooled else "tokens", "holds" if half == 1 else "hold"
     few = f"{half} of {len(table)} {what} {holds}"
     chart = alt.layer(*layers).properties(width=WIDTH - 180, height=alt.Step(20))

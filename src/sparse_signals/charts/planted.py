@@ -93,7 +93,7 @@ def answer_circuits(
     )
     used = {name: {*rows["role"], *rows["at"]} for name, rows in edges.groupby("circuit")}
     columns = {
-        (name, role): n
+        (str(name), role): n
         for name, mine in used.items()
         for n, role in enumerate(role for role in ANSWER_ROLES if role in mine)
     }
@@ -125,7 +125,7 @@ def answer_circuits(
     counts = links[links["seen"] < 1].groupby("channel", sort=False).size()
     title = (
         f"Of {len(links)} planted edges a score trace finds {count}; it misses "
-        + ", ".join(f"{n} {CHANNELS_READ[name]}" for name, n in counts.items())
+        + ", ".join(f"{n} {CHANNELS_READ[str(name)]}" for name, n in counts.items())
     )  # fmt: skip
     description = (
         "A graph of a planted circuit, chosen by a menu. Columns are tokens by their role, rows "

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
@@ -139,7 +139,7 @@ def next_tokens(item: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> l
 
 def answer_words(ids: list[int], tokenizer: "PreTrainedTokenizerBase", most: int = 3) -> str:
     """Right or wrong tokens as text: the first few, with | between them."""
-    words = [tokenizer.decode([token]).strip() for token in ids[:most]]
+    words = [cast(str, tokenizer.decode([token])).strip() for token in ids[:most]]
     return " | ".join([*words, "…"] if len(ids) > most else words)
 
 

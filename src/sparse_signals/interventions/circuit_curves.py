@@ -90,7 +90,7 @@ def check_difference(answers: pd.DataFrame, draws: int = DRAWS) -> None:
     draw, names = pd.factorize(one["draw"])
     times = resample(int(cluster.max()) + 1, draws)
     value, low, high = group_bootstrap(whole, draw, cluster, times, len(names), np.ones(len(one)))
-    for n in np.flatnonzero(~(low > 0)):
+    for n in np.flatnonzero(~(low > 0)).tolist():
         raise PromptError(
             f"F of prompts and closed circuits differs by {value[n]:.2g} [{low[n]:.2g}, "
             f"{high[n]:.2g}] in draw {names[n]}, so no part of it can be measured: take more "
@@ -147,7 +147,7 @@ def area_table(
         base = methods.index(against)
         values = np.delete(values - values[..., [base]], base, axis=-1)
         methods = [method for method in methods if method != against]
-    low, high = bounds(values[:, 1:], axis=1)
+    low, high = map(np.asarray, bounds(values[:, 1:], axis=1))
     rows = [
         {"method": method, "measure": measure, "value": values[m, 0, n]}
         | {"low": low[m, n], "high": high[m, n]}

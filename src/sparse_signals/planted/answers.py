@@ -193,7 +193,7 @@ def _sum() -> AnswerPlanting:
     )
     vocabulary = (START, *CLOCK, *_words_of(*SUMS))
     heads += _decoys(heads[0], heads[0], "plus")
-    decoys = dict.fromkeys(("0.2", "0.3", "1.1", "MLP 1"), "end")
+    decoys: dict[str, str] = dict.fromkeys(("0.2", "0.3", "1.1", "MLP 1"), "end")
     return AnswerPlanting(tuple(heads), vocabulary, _draw_sum, links, units, decoys)
 
 
@@ -227,7 +227,7 @@ def _switch() -> AnswerPlanting:
     )
     vocabulary = (START, *CARRIED_THINGS, *FLAGS, *WHICH, *_words_of(*SWITCHES))
     heads = (first, second, *_decoys(first, second, "or"))
-    decoys = dict.fromkeys(("0.2", "0.3", "1.1"), "end")
+    decoys: dict[str, str] = dict.fromkeys(("0.2", "0.3", "1.1"), "end")
     return AnswerPlanting(heads, vocabulary, _draw_switch, links, units, decoys)
 
 

@@ -335,14 +335,14 @@ def score_edges(case: PlantedAnswer) -> pd.DataFrame:
     ran = run(case.model, case.batch)
     pairs, truth = find_firings(ran), case.truth
     readers = truth[["prompt", "downstream", "dest"]].set_axis(["prompt", "name", "dest"], axis=1)
-    start = torch.from_numpy(among(pairs.table(), readers, [*readers]).astype(np.int64))
+    start = torch.from_numpy(among(pairs.table(), readers, list(readers.columns)).astype(np.int64))
     parts = contributions(ran, pairs, Settings())
     edges = follow(ran, pairs, parts.__getitem__, start, Settings())[1]
     edges["token"] = edges["dest"].where(edges["side"] == "dest", edges["src"])
     edges["channel"] = edges["side"].map({"dest": "query", "src": "key"})
     writers = pairs[start > 0].table()[["prompt", "name"]]
     writers = writers.set_axis(["prompt", "upstream"], axis=1)
-    given = among(truth, writers, [*writers]) & (truth["channel"] == "direct")
+    given = among(truth, writers, list(writers.columns)) & (truth["channel"] == "direct")
     return pd.concat([edges[ANSWER_EDGE], truth.loc[given, ANSWER_EDGE]], ignore_index=True)
 
 

@@ -231,5 +231,5 @@ def strongest_roots(
     groups = groups.iloc[groups.map(len).argsort(kind="stable")[::-1]]
     return [
         Root(*divmod(int(head), model.n_heads), prompts=tuple(map(int, prompts)))
-        for head, prompts in groups.items()
+        for head, prompts in zip(groups.index, groups, strict=True)
     ]
