@@ -82,7 +82,7 @@ def test_a_prompt_with_its_answers_is_traced_as_the_library_does(said, out, mode
     row = traced.prompts.iloc[0]
     assert code == 0 and f"{row['edges']} edges carry {100 * row['explained']:.0f}\xa0%" in output
     assert "asked: logit(Mary) − logit(John)" in output and "10 John 100\xa0%" in output
-    assert f"F(x) {row['f']:.1f}, F(x′) {row['counterfactual_f']:.2f}" in output
+    assert f"F(x) {row['f']:.1f}, F(x′) −{-row['counterfactual_f']:.2f}" in output
     assert traced.paths["text"][0] in output and "the counterfactuals given" in output
     first = traced.edges[traced.edges["graph"]].sort_values("share", key=abs).iloc[-1]
     assert re.search(rf"strongest edges:\n.*\n *{first['upstream']} .* {first['channel']}", output)
@@ -123,7 +123,7 @@ def test_a_task_is_pooled_by_role_and_by_template(said, out, page, line, model):
     pd.testing.assert_frame_equal(pooled, expected)
     edges, roles = tables(out)["edges"], role_names(traced.batch)
     assert (edges["role"] == roles[edges["prompt"], edges["token"]]).all()
-    kind = "of the task, abc" if "abc" in line else "of the task"
+    kind = "abc" if "abc" in line else "unrepeated" if "induction" in line else "flip"
     assert traced.facts["compared with"].endswith(kind)
     if "ioi" in line or line == "--n 6":
         assert {"S2", "end"} <= set(pooled["dest_role"])

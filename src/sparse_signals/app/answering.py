@@ -38,11 +38,11 @@ from sparse_signals.core.prompts import Batch, PromptError, encode, is_word
 from sparse_signals.core.questions import Questions, answer_words, questions
 from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.resume import run_key, write_parquet
-from sparse_signals.core.tasks import ioi_counterfactuals, task_prompts
+from sparse_signals.core.tasks import TASKS, ioi_counterfactuals, task_prompts
 from sparse_signals.tracing.circuit import Circuit
 
 GIVEN, OF_TASK = "the counterfactuals given", "the counterfactuals of the task"
-FLIP = "the same prompts with IO in the place of the second S"
+FLIP = "the same with IO in the place of the second S"
 MEAN = "no other prompt, but the mean embeddings of the prompts of as many tokens"
 VOCABULARY = "no other prompt, but the mean embedding of the vocabulary after the first token"
 SUMMARY_LINES = {"tokens": 6, "paths": 8, "edges": 10}  # lines of a summary
@@ -137,7 +137,8 @@ def question_table(options: Namespace, model: Model) -> tuple[pd.DataFrame, str]
         tokenizer=model.tokenizer,
         counterfactual=options.kind,
     )
-    return table, f"{OF_TASK}, {options.kind}" if options.kind else OF_TASK
+    kind = options.kind or next(iter(TASKS[options.task].tables))
+    return table, f"{OF_TASK}, {kind}"
 
 
 def with_flip(
@@ -209,8 +210,9 @@ def run_answer(job: AnswerJob) -> str:
     clusters = asked.template.tolist()
     pooled = pooled_edges(traced, clusters)
     paths = write_answer_files(job, traced, pooled, clusters)
-    edges = int(traced.edges["graph"].sum())
-    found = f"{edges:,} edges carry {signed_percent(traced.explained)} of the difference"
+    edges = fmt(round(traced.used["edges"].mean()))
+    each = " a prompt" if len(traced.prompts) > 1 else ""
+    found = f"{edges} edges{each} carry {signed_percent(traced.explained)} of the difference"
     told = outcome(job, found, pd.Series(dtype=float), paths)
     return "\n".join([told, *answer_summary(traced, pooled, clusters)])
 
@@ -282,10 +284,15 @@ def edges_with_roles(traced: AnswerTrace) -> pd.DataFrame:
 def answer_summary(traced: AnswerTrace, pooled: pd.DataFrame, clusters: list[int]) -> list[str]:
     """What was asked, F of both, tokens by share, the largest paths, the strongest edges."""
     used = traced.used
-    first, second, whole = used[["f", "counterfactual_f", "difference"]].mean().map(fmt)
+    numbers = used[["f", "counterfactual_f", "difference"]].mean().map(fmt)
+    first, second, whole = numbers.str.replace("-", "−")
     mean = ", means" if len(used) > 1 else ""
     lines = [f"{name}: {traced.facts[name]}" for name in ("asked", "compared with")]
-    lines.append(f"F(x) {first}, F(x′) {second}, split is {whole}{mean}")
+    node = traced.facts["asked"].startswith("what ")
+    split = (
+        f"the node has {whole} of the difference, which is split" if node else f"split is {whole}"
+    )
+    lines.append(f"F(x) {first}, F(x′) {second}; {split}{mean}")
     if len(traced.prompts) > 1:
         tokens, paths = traced.pooled_tokens(clusters), traced.pooled_paths(clusters)
         names = tokens["role"]

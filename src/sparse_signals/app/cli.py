@@ -91,7 +91,8 @@ An answer is the token that comes next: a word, several with | between them, or 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        hint = "; a prompt goes after --prompt" if message.startswith("unrecognized") else ""
+        raise UsageError(f"{message}{hint} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

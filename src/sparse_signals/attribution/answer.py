@@ -212,8 +212,9 @@ def trace_answer(
     if joined["prompts"]["flat"].all():
         what = "the answer" if asked is None else str(asked)
         raise ShareError(
-            f"{what} hardly differs between prompts and counterfactuals: choose another "
-            "counterfactual, or ask for something else"
+            f"{what} hardly differs between prompts and counterfactuals, or no edge has "
+            f"{settings.least:.1%} of the difference: choose another counterfactual, or a smaller "
+            "least"
         )
     said = {
         "model": model.name,
