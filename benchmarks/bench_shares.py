@@ -27,6 +27,7 @@ def aligned(model, prompts):
     tokens, other = (
         torch.randint(1, words, (prompts, LENGTH), generator=generator) for _ in range(2)
     )
+    tokens[:, 4] = tokens[:, 2] % (words - 1) + 1  # S is never IO
     table = pd.DataFrame({"text": [""] * prompts})
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     batch = Batch(table, tokens, everywhere, [], {}, tokens[:, 2], tokens[:, 4])
