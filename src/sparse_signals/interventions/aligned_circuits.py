@@ -70,7 +70,7 @@ class Edges:
 
     >>> edges = Edges.of(model)
     >>> values = edges.flat({"out": torch.ones(len(model.components) - 1)})
-    >>> int(values.sum()) == (edges.table()["input"] == "out").sum()
+    >>> int(values.sum()) == int((edges.table()["input"] == "out").sum())
     True
     """
 
