@@ -264,7 +264,7 @@ def test_every_test_is_in_one_part_and_the_site_is_built_before_its_own():
     marked = [p for p in (ROOT / "tests").rglob("test_*.py") if MARK.search(p.read_text())]
     assert chosen["unit tests"][:3] == ("tests", "-m", "not site and not slow")
     assert chosen["long tests"][:3] == ("tests", "-m", "slow and not site")
-    assert chosen["site tests"][:4] == (*check.SITE, "-m", "site")
+    assert chosen["site tests"][: len(check.SITE) + 2] == (*check.SITE, "-m", "site")
     assert sorted(str(path.relative_to(ROOT)) for path in marked) == sorted(check.SITE)
     assert names.index("site") < names.index("site tests")
 

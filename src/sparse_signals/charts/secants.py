@@ -5,7 +5,6 @@ import pandas as pd
 
 from sparse_signals.charts.style import (
     WIDTH,
-    colour_and_dash,
     colour_and_shape,
     distinct,
     finish,
@@ -60,13 +59,14 @@ def method_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
     pick = alt.selection_point(name="methods", fields=["method"], bind="legend")
     base = alt.Chart(table).encode(
         alt.X("size:Q").title("share of all edges").axis(format="~%").scale(type="log"),
+        alt.Color("method:N").title("ranked by"),
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
-        **colour_and_dash("method:N", "ranked by"),
     )  # fmt: skip
     line = base.mark_line(point=True, clip=True).encode(
         alt.Y("f:Q").title("faithfulness f").scale(domain=[-0.5, 1.5]),
         tooltip=["method:N", alt.Tooltip("size:Q", format=".1%"),
                  *tooltips("f", "low", "high", "F", "P", "top1", form=".2f")],
+        strokeDash=alt.StrokeDash("method:N").title("ranked by"),
     )  # fmt: skip
     band = base.mark_area(fillOpacity=0.12, clip=True, strokeOpacity=0).encode(
         y="low:Q", y2="high:Q"
