@@ -104,12 +104,12 @@ def _graph(
 
 
 def _slider(percents: pd.Series) -> Slider:
-    """Steps of 1, 2 or 5 in some digit, about a hundred of them up to the largest percentage."""
+    """Steps of 1, 2 or 5 in some digit, about a hundred up to the largest edge, which stays."""
     wanted = float(percents.max()) / STEPS
     power = 10.0 ** math.floor(math.log10(max(wanted, 1e-6)))
     step = next((n * power for n in (1, 2, 5) if n * power >= wanted), 10 * power)
     step = float(f"{step:.1g}")
-    return Slider(SHARE_UNIT, step, float(f"{step * math.ceil(percents.max() / step):.6g}"))
+    return Slider(SHARE_UNIT, step, float(f"{step * math.floor(percents.max() / step):.6g}"))
 
 
 def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
