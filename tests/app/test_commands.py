@@ -173,6 +173,7 @@ def test_examples_are_understood():
         assert command in ("signals", "trace", "answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example", [x for x in examples() if not re.search("--(model|prompts)", x)]
 )

@@ -271,6 +271,7 @@ def test_a_head_can_be_asked_about(shipped, traced):
     assert into.to_numpy() == pytest.approx(own.numpy()[into.index], abs=0.03 * whole)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(shipped, traced, monkeypatch):
     monkeypatch.setattr("sparse_signals.attribution.aligned.RUNS_BYTES", 1)
     again = trace_answer(*shipped)

@@ -164,6 +164,7 @@ def test_gradients_are_those_of_autograd(kind, model, pair, points):
         assert size > 1e-4
 
 
+@pytest.mark.slow
 def test_many_steps_add_up_at_the_embeddings(model, pair):
     gaps = [edge_shares(model, *pair, points=integrated(n)).gaps.embeddings for n in (2, 8, 32)]
     assert gaps[2] < gaps[1] / 8 < gaps[0] / 16 and gaps[2] < 1e-3

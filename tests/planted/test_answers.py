@@ -217,6 +217,7 @@ def test_a_little_noise_costs_a_little(name):
     assert precision > 0.8 and pooled_precision > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED_ANSWERS)
 def test_more_noise_costs_precision_before_recall(name):
     levels = np.array([noisy(name, noise) for noise in (0.0, 0.01, 0.02, 0.03)])
