@@ -71,6 +71,13 @@ def test_slider_has_about_a_hundred_steps_and_reaches_the_largest(pooled):
         assert 25 <= (percents >= params["prune"]["value"]).sum() <= 55
 
 
+@pytest.mark.parametrize("largest", [0.3742, 0.0123, 0.9951, 0.5])
+def test_the_slider_leaves_the_largest_edge(pooled, largest):
+    table = pooled.assign(share=pooled["share"] / pooled["share"].abs().max() * largest)
+    slider = next(p for p in spec(charts.answer_graph(table))["params"] if p["name"] == "prune")
+    assert largest * 50 < slider["bind"]["max"] <= largest * 100 + 1e-9
+
+
 def test_the_answer_is_a_row_of_its_own_and_columns_follow_the_order(pooled):
     chart = charts.answer_graph(pooled, made_up.ROLES)
     axis = spec(chart)["layer"][0]["encoding"]["y"]["axis"]["labelExpr"]
