@@ -43,6 +43,17 @@ function openByTitle(event) {
   title.click();
 }
 
+// From one edition of a chapter to another, at the section that is being read.
+function keepSection(event) {
+  const link = event.target.closest(".editions a[rel=alternate]");
+  if (!link) return;
+  const above = [...document.querySelectorAll("article section[id]")].filter(
+    (section) => section.getBoundingClientRect().top < window.innerHeight / 3,
+  );
+  link.hash = above.length > 1 ? above.at(-1).id : ""; // the first one is the whole page
+}
+
+document.addEventListener("click", keepSection, { capture: true });
 document.addEventListener("click", openByTitle, { capture: true });
 document.addEventListener("DOMContentLoaded", () => {
   unlabel();

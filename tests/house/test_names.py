@@ -5,8 +5,6 @@ from collections import defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "sparse_signals"
-# A name that several modules define, and why it means the same in each.
-EXCEPTIONS = {"setup": "of a notebook; and the entry point that Sphinx asks for by this name"}
 
 
 def definitions() -> dict[str, list[str]]:
@@ -32,6 +30,4 @@ def definitions() -> dict[str, list[str]]:
 
 
 def test_a_name_is_defined_once():
-    twice = {name: places for name, places in definitions().items() if len(places) > 1}
-    assert {name: where for name, where in twice.items() if name not in EXCEPTIONS} == {}
-    assert set(EXCEPTIONS) <= set(twice), "an exception that is none any more"
+    assert {name: places for name, places in definitions().items() if len(places) > 1} == {}

@@ -1,40 +1,45 @@
-"""What a notebook needs around the mathematics: setup, numbers, tables, glue, exercise checks."""
+"""What a notebook needs around the mathematics: a model, numbers, tables, glue, checks."""
 
 import json
 import logging
 import os
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparse_signals.core.names import chosen_model
 from sparse_signals.core.numbers import fmt, is_number
 
 if TYPE_CHECKING:
     from sparse_signals.core.model import Model
 
 
-def setup(chapter: str) -> "Model":
-    """Make the notebook quiet and reproducible, and load the model of this edition in float64.
-
-    `chapter` is the chapter's name and seeds the random numbers. The environment variable MODEL
-    names another model than the shipped `gpt2-ioi`. Raises ModelError when it cannot be loaded.
-    """
+def start(chapter: str) -> None:
+    """Make the notebook quiet and reproducible. The chapter's name seeds the random numbers."""
     _be_quiet()
     import torch
 
     from sparse_signals.charts.style import use_book_renderer
-    from sparse_signals.core.model import load_model
 
     torch.manual_seed(sum(chapter.encode()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_grad_enabled(False)
     use_book_renderer()
-    return load_model(dtype=torch.float64)
+
+
+def open_chapter(chapter: str, model: str) -> "Model":
+    """Start a chapter, and load the model of this edition in float64.
+
+    The environment variable MODEL names another one. Raises ModelError when it cannot be loaded.
+    """
+    start(chapter)
+    import torch
+
+    from sparse_signals.core.model import load_model
+
+    return load_model(os.environ.get("MODEL") or model, dtype=torch.float64)
 
 
 def _be_quiet() -> None:
@@ -96,21 +101,3 @@ def published() -> dict[str, Any]:
     """Published numbers for GPT-2 small, each with its source: the facts file."""
     facts = files("sparse_signals") / "assets" / "published_gpt2_small.json"
     return json.loads(facts.read_text(encoding="utf-8"))
-
-
-def edition() -> dict[str, str]:
-    """What computes here: model, kind of device, versions. Shown on each page, never compared."""
-    import torch
-
-    names = ("sparse-signals", "torch", "transformers", "transformer-lens")
-    device = "GPU" if torch.cuda.is_available() else "CPU"
-    return {"model": os.path.basename(chosen_model().rstrip("/")), "device": device} | {
-        name: _version(name) for name in names
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package).split("+")[0]
-    except PackageNotFoundError:
-        return "not installed"

@@ -7,6 +7,7 @@ text), its Vega-Lite spec, which `charts.js` turns into the live chart, and its 
 import json
 from hashlib import sha256
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,12 +15,14 @@ import vl_convert
 from docutils import nodes
 from myst_nb.core.render import MimeData, NbElementRenderer
 
+from sparse_signals.app.editions import LISTED, VERSIONS, page_name
 from sparse_signals.app.notebook import html_table
 from sparse_signals.app.page import script_json
 from sparse_signals.charts.style import MIME, VEGA_LITE
 
 MAX_ROWS = 200
 MAX_TEXT = 60
+HOW = "how-to-run.html#gpt-2-small"  # how an edition that is not stored is made
 
 
 class VegaLiteRenderer:
@@ -96,15 +99,39 @@ def finish_page(app: Any, page: str, template: str, context: dict[str, Any], doc
     edition = app.env.metadata.get(page, {}).get("edition")
     if edition:
         facts = json.loads(edition) if isinstance(edition, str) else edition
-        line = f'<p class="edition">{escape(describe(facts))}</p>'
-        body = body.replace("</h1>", f"</h1>\n{line}", 1)
+        stored = [
+            path.parent.name
+            for path in Path(app.srcdir, "editions").glob(f"*/{page.split('/')[-1]}.ipynb")
+        ]
+        lines = f'<p class="edition">{escape(describe(facts))}</p>{switch(page, facts, stored)}'
+        body = body.replace("</h1>", f"</h1>\n{lines}", 1)
+        if facts.get("model") != facts.get("opens_on"):
+            context["title"] = f"{context['title']} ({facts['model']})"
     context["body"] = body
 
 
-def describe(edition: dict[str, str]) -> str:
-    """An edition in a sentence."""
-    versions = ", ".join(f"{k} {v}" for k, v in edition.items() if k not in ("model", "device"))
-    return f"Computed with the model {edition['model']} on a {edition['device']}: {versions}."
+def describe(facts: dict[str, str]) -> str:
+    """What computed a page, in a sentence."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in VERSIONS)
+    model = f"with the model {facts['model']} ({facts['size']}) " if "model" in facts else ""
+    return f"Computed {model}on a {facts['device']}: {versions}."
+
+
+def switch(page: str, facts: dict[str, str], stored: list[str]) -> str:
+    """Links from a page to the same chapter on other models; nothing where none is `stored`."""
+    if not stored:
+        return ""
+    chapter, items = page.split("/")[-1], []
+    for model in dict.fromkeys((facts["opens_on"], *sorted(stored), *LISTED)):
+        href = f"{page_name(chapter, model, facts['opens_on'])}.html"
+        if model == facts["model"]:
+            items.append(f'<li aria-current="page">{escape(model)}</li>')
+        elif model in (facts["opens_on"], *stored):
+            items.append(f'<li><a rel="alternate" href="{escape(href)}">{escape(model)}</a></li>')
+        else:
+            items.append(f'<li>{escape(model)}: <a href="{HOW}">not computed yet</a></li>')
+    head = '<nav class="editions" aria-label="This chapter on other models"><span>This chapter on'
+    return f"{head}</span><ul>{''.join(items)}</ul></nav>"
 
 
 def plain_bars(
