@@ -20,16 +20,17 @@ from sparse_signals.app.editions import on_model, page_name
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 SITE = BUILD / "html"
-SOURCES = ("_config.yml", "_toc.yml", "book")
+CARD = "src/sparse_signals/assets/gpt2-ioi/README.md"  # which a page includes
+SOURCES = ("_config.yml", "_toc.yml", "book", CARD)
 
 
 def copied(name: str, *more: str) -> Path:
     """A fresh copy of the sources."""
     source = BUILD / name
     shutil.rmtree(source, ignore_errors=True)
-    source.mkdir(parents=True)
     for part in (*SOURCES, *more):
         path = ROOT / part
+        (source / part).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, source / part)
     return source
 

@@ -6,8 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from sparse_signals.app import notebook
-from sparse_signals.app.notebook import check, glue, html_table, published, setup, show
+from sparse_signals.app.notebook import (
+    check,
+    glue,
+    html_table,
+    open_chapter,
+    published,
+    show,
+    start,
+)
 
 
 def test_show_rounds_escapes_and_keeps_named_indices():
@@ -71,23 +78,21 @@ def stub_models(monkeypatch):
     torch.set_grad_enabled(True)
 
 
-def test_setup_loads_the_model_of_the_edition_in_float64(stub_models):
-    assert setup("01-attention-math") == "model"
-    assert stub_models == [((), {"dtype": torch.float64})]
+def test_a_chapter_opens_on_its_model_in_float64(stub_models):
+    assert open_chapter("01-attention-math", "gpt2-ioi") == "model"
+    assert stub_models == [(("gpt2-ioi",), {"dtype": torch.float64})]
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_setup_gives_each_chapter_its_own_random_numbers(stub_models):
+def test_the_environment_names_another_model(stub_models, monkeypatch):
+    monkeypatch.setenv("MODEL", "gpt2-small")
+    open_chapter("01-attention-math", "gpt2-ioi")
+    assert stub_models[0][0] == ("gpt2-small",)
+
+
+def test_each_chapter_has_its_own_random_numbers(stub_models):
     draws = []
     for chapter in ("01-attention-math", "01-attention-math", "02-head-svd"):
-        setup(chapter)
+        start(chapter)
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[1] != draws[2]
-
-
-def test_edition_names_model_device_and_versions(monkeypatch):
-    monkeypatch.setenv("MODEL", "/somewhere/my-model/")
-    edition = notebook.edition()
-    assert edition["model"] == "my-model"
-    assert edition["device"] in ("CPU", "GPU")
-    assert edition["torch"] == torch.__version__.split("+")[0]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sparse_signals.core.model import Model
 
 STORED = ("gpt2-ioi", "smollm2-135m")  # whose outputs come with the book
-LISTED = (*STORED, "gpt2-small")  # of which each page speaks
-OPENING = re.compile(r'open_chapter\("([\w-]+)", "([^"]+)"\)')
+OFFERED = (*STORED, "gpt2-small")  # of which each page speaks
+OPEN_CALL = re.compile(r'open_chapter\("([\w-]+)", "([^"]+)"\)')
 PACKAGE = Path(__file__).parents[1]
 WEIGHTS = PACKAGE / "assets" / "gpt2-ioi"
 VERSIONS = ("sparse-signals", "torch", "transformers", "transformer-lens")
@@ -29,7 +29,7 @@ VERSIONS = ("sparse-signals", "torch", "transformers", "transformer-lens")
 
 def opens_on(notebook: Any) -> str | None:
     """The model that a notebook names in its call of `open_chapter`; None if it needs none."""
-    found = OPENING.search("\n".join(_code(notebook)))
+    found = OPEN_CALL.search("\n".join(_code(notebook)))
     return found[2] if found else None
 
 
@@ -38,7 +38,7 @@ def on_model(notebook: Any, model: str) -> Any:
     changed = deepcopy(notebook)
     for cell in changed.cells:
         if cell.cell_type == "code":
-            cell.source = OPENING.sub(rf'open_chapter("\1", "{model}")', cell.source)
+            cell.source = OPEN_CALL.sub(rf'open_chapter("\1", "{model}")', cell.source)
             cell.update(outputs=[], execution_count=None)
     return changed
 

@@ -15,14 +15,14 @@ import vl_convert
 from docutils import nodes
 from myst_nb.core.render import MimeData, NbElementRenderer
 
-from sparse_signals.app.editions import LISTED, VERSIONS, page_name
+from sparse_signals.app.editions import OFFERED, VERSIONS, page_name
 from sparse_signals.app.notebook import html_table
 from sparse_signals.app.page import script_json
 from sparse_signals.charts.style import MIME, VEGA_LITE
 
 MAX_ROWS = 200
 MAX_TEXT = 60
-HOW = "how-to-run.html#gpt-2-small"  # how an edition that is not stored is made
+HOW_TO_COMPUTE = "how-to-run.html#gpt-2-small"  # how an edition that is not stored is made
 
 
 class VegaLiteRenderer:
@@ -122,14 +122,14 @@ def switch(page: str, facts: dict[str, str], stored: list[str]) -> str:
     if not stored:
         return ""
     chapter, items = page.split("/")[-1], []
-    for model in dict.fromkeys((facts["opens_on"], *sorted(stored), *LISTED)):
+    for model in dict.fromkeys((facts["opens_on"], *sorted(stored), *OFFERED)):
         href = f"{page_name(chapter, model, facts['opens_on'])}.html"
         if model == facts["model"]:
             items.append(f'<li aria-current="page">{escape(model)}</li>')
         elif model in (facts["opens_on"], *stored):
             items.append(f'<li><a rel="alternate" href="{escape(href)}">{escape(model)}</a></li>')
         else:
-            items.append(f'<li>{escape(model)}: <a href="{HOW}">not computed yet</a></li>')
+            items.append(f'<li>{escape(model)}: <a href="{HOW_TO_COMPUTE}">not computed yet</a></li>')
     head = '<nav class="editions" aria-label="This chapter on other models"><span>This chapter on'
     return f"{head}</span><ul>{''.join(items)}</ul></nav>"
 
