@@ -13,7 +13,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 	@echo
-	@echo "MODEL=... make book builds the book on another model (see book/how-to-run.md)."
+	@echo "With MODEL=... make book shows all chapters on that model, and make refresh stores them."
 
 # Torch for Linux comes with about 3.7 GB of GPU libraries: without a GPU, its CPU build is tried first.
 $(READY): requirements.txt constraints.txt pyproject.toml
@@ -53,8 +53,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(READY) ## style, unit tests, the built site in a browser, every notebook compared cell by cell
 	@$(BIN)/python scripts/check.py
 
-refresh: export MODEL =
-refresh: $(READY) ## run the chapters again and store their outputs
+refresh: weights ## run again the chapters that are out of date, and store their outputs
 	$(BIN)/python scripts/refresh.py
 
 bench: $(READY) ## measure the speed of the method

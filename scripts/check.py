@@ -52,7 +52,7 @@ PARTS = (  # the quick ones first; the site is built before it is tested
     Part("unit tests", ((*PYTEST, "tests", "-m", "not site and not slow", "--dist", "loadfile"),)),
     Part("long tests", ((*PYTEST, "tests", "-m", "slow and not site", "--dist", "loadfile"),)),
     Part("site tests", ((*PYTEST, *SITE, "-m", "site", "--dist", "loadgroup"),)),
-    Part("notebooks", ((*PYTEST, "book", *NBVAL),)),
+    Part("notebooks", ((*PYTEST, "book", "editions", *NBVAL),)),
 )
 
 

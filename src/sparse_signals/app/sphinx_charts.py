@@ -129,7 +129,8 @@ def switch(page: str, facts: dict[str, str], stored: list[str]) -> str:
         elif model in (facts["opens_on"], *stored):
             items.append(f'<li><a rel="alternate" href="{escape(href)}">{escape(model)}</a></li>')
         else:
-            items.append(f'<li>{escape(model)}: <a href="{HOW_TO_COMPUTE}">not computed yet</a></li>')
+            link = f'<a href="{HOW_TO_COMPUTE}">not computed yet</a>'
+            items.append(f"<li>{escape(model)}: {link}</li>")
     head = '<nav class="editions" aria-label="This chapter on other models"><span>This chapter on'
     return f"{head}</span><ul>{''.join(items)}</ul></nav>"
 
