@@ -149,7 +149,10 @@ def run_all(editions: list[Edition]) -> bool:
                 print(f"{name}: {outcome.seconds:.0f} s", flush=True)
             else:
                 good = False
-                print(f"{name}: a cell failed; the notebook was left as it was\n{outcome.error}")
+                print(
+                    f"{name}: a cell failed; the notebook was left as it was\n{outcome.error}",
+                    flush=True,
+                )
     return good
 
 
