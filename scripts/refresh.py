@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from sparse_signals.app.editions import STORED, facts, on_model, opens_on
 
@@ -122,7 +122,7 @@ def run(edition: Edition) -> Outcome:
     )
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:
         return Outcome(time.monotonic() - begun, str(error))
     notebook.metadata = nbformat.from_dict(
         {"edition": edition.facts(), "kernelspec": KERNEL, "language_info": {"name": "python"}}
