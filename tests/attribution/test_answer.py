@@ -152,7 +152,7 @@ def test_the_beam_keeps_the_largest(runs):
             float(ways.value[ends][ways.prompt[ends] == prompt].abs().max())
             for ways, ends in ((wide, every), (narrow, few))
         )
-        assert second <= first
+        assert second <= first * (1 + 1e-12)  # which is the same but for rounding
         assert first == pytest.approx(second, rel=0.5)
 
 

@@ -99,8 +99,7 @@ def test_logit_attribution_sums_to_the_logit_difference(model, batch):
     rows = torch.arange(8)
     torch.testing.assert_close(shares.sum(1), total)
     expected = ours[rows, batch.io] - ours[rows, batch.s]
-    # the final normalisation of rotary models is rounded to float32 by transformers
-    torch.testing.assert_close(total, expected, atol=1e-6 if model.rotary else 1e-12, rtol=1e-6)
+    torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_logit_attribution_needs_names(tiny_gpt2, batch):

@@ -44,7 +44,7 @@ def test_first_token_of_a_rotary_model_is_not_rotated(kind, request, batch):
     x = activations(model, batch.tokens, ("normalized",))["normalized"][1][:, :1]
     score = scores(run(model, batch))[1, :, 2, :1, :1]
     ours = bilinear_scores(qk_forms(model), 1, 2, x)
-    torch.testing.assert_close(ours, score, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours, score, atol=1e-12, rtol=1e-12)
 
 
 def test_score_parts_add_up_and_the_last_two_do_not_vary_within_a_row(tiny_gpt2, batch):

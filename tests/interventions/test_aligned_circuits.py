@@ -72,8 +72,8 @@ def test_all_edges_are_the_model_and_none_the_counterfactual(kind, model, prompt
     for n, batch in enumerate((prompts.batch, prompts.counterfactual)):
         expected = logits(model, batch.tokens, batch.last)
         asked = prompts.objective
-        assert gap(found.F[n], asked.value(expected)) < TOLERANCE[kind]
-        assert gap(found.probability[n], asked.probability(expected)) < TOLERANCE[kind]
+        assert gap(found.F[n], asked.value(expected)) < TOLERANCE
+        assert gap(found.probability[n], asked.probability(expected)) < TOLERANCE
         assert torch.equal(found.first[n], asked.comes_first(expected))
     assert gap(found.F[0], found.F[1]) > 1e-3
 
@@ -100,7 +100,7 @@ def test_a_circuit_is_hooks_at_all_inputs(kind, model, prompts, tiny_directories
     gates = Gates(torch.zeros_like(place), reference, place, **values)
     plain = wrap_model(ungrouped(tiny_directories[kind.removeprefix("tiny_")]), kind)
     found = run_edges(prompts, circuit[None]).F[0]
-    assert gap(found, hooked(plain, prompts.batch, gates)) < TOLERANCE[kind]
+    assert gap(found, hooked(plain, prompts.batch, gates)) < TOLERANCE
     ends = run_edges(prompts, torch.tensor([[True], [False]]).expand(2, len(edges))).F
     assert all(gap(found, end) > 1e-3 for end in ends)
 
@@ -184,9 +184,9 @@ def test_a_node_outside_writes_its_mean(kind, model, placed, component):
     clean = placed.objective.value(logits(model, placed.batch.tokens))
     hooks = [(name, replaced)]
     expected = placed.objective.value(logits(model, placed.batch.tokens, None, hooks))
-    assert gap(found.F[0], expected) < TOLERANCE[kind]
-    assert gap(found.F[1], clean) < TOLERANCE[kind]
-    assert gap(expected, clean) > 3 * TOLERANCE[kind]
+    assert gap(found.F[0], expected) < TOLERANCE
+    assert gap(found.F[1], clean) < TOLERANCE
+    assert gap(expected, clean) > 3 * TOLERANCE
 
 
 def test_rows_are_roles(placed):

@@ -37,9 +37,9 @@ def model(kind, request):
 def test_open_switches_are_the_model(kind, model, batch, reference, ablation):
     board = switchboard(model, batch, reference, ablation)
     outcome = run_switched(board, gates(board, every(board)))
-    assert (outcome.difference - logit_difference(model, batch)).abs().max() < TOLERANCE[kind]
+    assert (outcome.difference - logit_difference(model, batch)).abs().max() < TOLERANCE
     pattern = activations(model, batch.tokens, ("pattern",))["pattern"]
-    assert (outcome.pattern - pattern).abs().max() < TOLERANCE[kind]
+    assert (outcome.pattern - pattern).abs().max() < TOLERANCE
 
 
 def test_closed_switches_hide_the_words(model, reference):
@@ -66,8 +66,8 @@ def test_a_closed_edge_is_a_hook_on_a_query_or_key(kind, model, batch, reference
     edge = torch.tensor(picked["edge"].tolist())
     found = run_switched(board, gates(board, edge, others=True)).difference
     expected = hooked(model, batch, reference, side, "MLP 0", (1, 3), token)
-    assert (found - logit_difference(model, batch)).abs().max() > 2 * TOLERANCE[kind]
-    assert (found - expected).abs().max() < TOLERANCE[kind]
+    assert (found - logit_difference(model, batch)).abs().max() > 2 * TOLERANCE
+    assert (found - expected).abs().max() < TOLERANCE
 
 
 def hooked(model, batch, reference, side, upstream, head, token):
@@ -98,7 +98,7 @@ def test_a_resampled_token_has_the_same_role(kind, model):
     assert len(set(token_roles(prompt)[0])) == 8
     board = switchboard(model, prompt, prompt, "resample")
     opened, closed = (run_switched(board, gates(board, every(board)[:n])) for n in (None, 0))
-    assert (opened.difference - closed.difference).abs().max() < TOLERANCE[kind]
+    assert (opened.difference - closed.difference).abs().max() < TOLERANCE
 
 
 def test_resampling_draws_by_the_seed(tiny_gpt2, batch, reference):

@@ -9,8 +9,7 @@ from sparse_signals.interventions.faithfulness import switchable
 from sparse_signals.tracing.contributions import SIDES
 
 KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2")
-# In float64 rotary models still take softmax and the last normalisation in float32.
-TOLERANCE = {"tiny_gpt2": 1e-9, "tiny_llama": 3e-6, "tiny_qwen2": 3e-6}
+TOLERANCE = 1e-9
 LENGTH = 9
 
 

@@ -14,6 +14,14 @@ SIZES = {
     "eos_token_id": 0,
 }
 ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
+STRETCHED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+ROPES = (
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "linear", **STRETCHED},
+    {"rope_type": "dynamic", **STRETCHED},
+    {"rope_type": "yarn", "attention_factor": 1.7, **STRETCHED},
+    {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED},
+)
 
 
 def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:

@@ -34,9 +34,7 @@ def test_gradients_are_those_of_scores_moved_by_hand(kind, request):
             moved.append(logit_difference(model, batch, hooks))
         expected = (moved[1] - moved[0]) / (2 * step)
         ours = found[layer, :, head, dest, src]
-        # rotary models round attention weights to float32
-        atol = 5e-6 if model.rotary else 1e-8
-        torch.testing.assert_close(ours, expected, atol=atol, rtol=2e-3)
+        torch.testing.assert_close(ours, expected, atol=1e-8, rtol=2e-3)
         seen += (expected.abs() > 1e-4).sum()
     assert seen > 5
 

@@ -157,10 +157,8 @@ def test_sources_sum_to_the_contribution_of_their_head(parts):
     ran, pairs = parts
     found, each = contributions(ran, pairs), by_source(ran, pairs)
     heads = ran.model.is_head
-    # rows of float32 softmax do not sum to 1 exactly, and value biases pass through them
-    tolerance = 1e-6 if ran.model.rotary else 1e-12
     torch.testing.assert_close(
-        each.sum(-1).flatten(2), found.values[:, :, heads], atol=tolerance, rtol=1e-6
+        each.sum(-1).flatten(2), found.values[:, :, heads], atol=1e-12, rtol=1e-9
     )
     for n in range(0, len(pairs), 40):
         for side, token in enumerate(receiving(pairs)[n].tolist()):
@@ -261,8 +259,7 @@ def test_attention_weights_are_what_the_softmax_loses(parts):
                     pair = pairs[torch.tensor([n])]
                     expected = pair.attention.item() - without(ran, pair, side, component)
                     seen += abs(expected) > 0.01
-                # rotary models round attention weights to float32
-                assert found[n, side, component].item() == pytest.approx(expected, abs=2e-6)
+                assert found[n, side, component].item() == pytest.approx(expected, abs=1e-12)
     assert seen > 20
 
 

@@ -1,8 +1,6 @@
 """What secants are made of: the values that a forward pass computes on its way.
 
-A `Run` keeps less, and the bridge takes the softmax and the last normalisation of rotary models
-in float32, so that the parts of an answer would add up to it in float32 only. Here all is in the
-dtype of the model. Of what comes after the last attention only the last token of a prompt matters
+A `Run` keeps less. Of what comes after the last attention only the last token of a prompt matters
 for the answer: so the last layer has one destination, and the others have every token.
 """
 

@@ -140,11 +140,10 @@ def angles(model: Model) -> tuple[Float[Tensor, "pos r"], Float[Tensor, "pos r"]
 
 
 def attention_weights(
-    model: Model, scores: Float[Tensor, "... dest src"], past: Bool[Tensor, "... dest src"]
+    scores: Float[Tensor, "... dest src"], past: Bool[Tensor, "... dest src"]
 ) -> Float[Tensor, "... dest src"]:
-    """Softmax over the sources in the past, as the model takes it: rotary models in float32."""
-    kind = torch.float32 if model.rotary else scores.dtype
-    return scores.masked_fill(~past, -torch.inf).softmax(-1, dtype=kind).to(scores.dtype)
+    """Softmax over the sources in the past."""
+    return scores.masked_fill(~past, -torch.inf).softmax(-1)
 
 
 def attend(
@@ -157,7 +156,7 @@ def attend(
     scores = q @ k.mT / model.divisor[layer].to(q)
     past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     past = past.tril(k.shape[2] - q.shape[2])
-    return attention_weights(model, scores, past)
+    return attention_weights(scores, past)
 
 
 def read_out(

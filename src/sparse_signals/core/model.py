@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_signals.core.checkpoints import ModelError, find_checkpoint, one_line, read_checkpoint
+from sparse_signals.core.double import compute_in_float64
 from sparse_signals.core.names import HUB_MODELS, MODEL_NAMES, chosen_model
 from sparse_signals.core.smollm2 import load_smollm2
 
@@ -257,11 +258,9 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
     bridge = build_bridge_from_module(
         hf_model, type(hf_model).__name__, hf_config=config, tokenizer=None, model_name=name
     )
-    for block in bridge.blocks:
-        if hf_model.dtype == torch.float64:  # transformers' RMSNorm would drop to float32
-            block.ln1.use_native_layernorm_autograd = False
-            block.ln2.use_native_layernorm_autograd = False
-    n_heads = config.num_attention_heads
+    rotary, n_heads = config.model_type != "gpt2", config.num_attention_heads
+    if rotary and hf_model.dtype == torch.float64:
+        compute_in_float64(bridge)
     return Model(
         name=name,
         bridge=bridge.requires_grad_(False),
@@ -273,7 +272,7 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
         d_model=config.hidden_size,
         d_head=bridge.blocks[0].attn.W_Q.shape[-1],
         n_ctx=_window(config),
-        rotary=config.model_type != "gpt2",
+        rotary=rotary,
     )
 
 

@@ -137,6 +137,6 @@ def clean_scores(
     k = clean.k[probes.layer, of, probes.head].double()
     scores = (k @ q[..., None])[..., 0] / clean.model.divisor[probes.layer, None]
     past = torch.arange(k.shape[1], device=k.device) <= probes.dest[:, None]
-    pattern = attention_weights(clean.model, scores, past)
+    pattern = attention_weights(scores, past)
     row = torch.arange(len(of), device=of.device)
     return scores[row, probes.src], pattern[row, probes.src]

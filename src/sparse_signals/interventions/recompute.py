@@ -151,10 +151,9 @@ class Rows:
         k[row, :, self.places(slice(0, dirty))] = new_k
         v[row, :, self.places(slice(0, dirty))] = new_v
         self._change_inputs(layer, q, k, v)
-        model = self.clean.model
-        scores = q[:, asked].transpose(1, 2) @ k.mT / model.divisor[layer].to(q)
+        scores = q[:, asked].transpose(1, 2) @ k.mT / self.clean.model.divisor[layer].to(q)
         past = torch.arange(k.shape[2], device=k.device) <= self.places(asked)[..., None]
-        pattern = attention_weights(model, scores, past[:, None])
+        pattern = attention_weights(scores, past[:, None])
         place = self.probes.dest - self.first[self.probes.row] - asked.start
         here = (self.probes.layer == layer) & (place >= 0) & (place < scores.shape[2])
         at = self.probes[here]

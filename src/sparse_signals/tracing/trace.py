@@ -43,8 +43,7 @@ from sparse_signals.tracing.roots import (
     starts,
 )
 
-# rotary models round angles and attention weights to float32 whatever their dtype
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 SAMPLE = 64  # firings of which the exact sums are checked, where other weights are asked for
 
 
