@@ -76,5 +76,5 @@ def test_points_of_rules():
 def test_rules_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="at one point or more"):
         gradients()
-    with pytest.raises(ValueError, match="give one, such as 1.0"):
+    with pytest.raises(ValueError, match="relevance is propagated at points"):
         Rule(relevance=True)
