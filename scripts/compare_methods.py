@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_signals.attribution.shares import Shares, edge_shares, integrated
+from sparse_signals.attribution.rules import RELP, SECANT, gradients, integrated
+from sparse_signals.attribution.shares import Shares, edge_shares
 from sparse_signals.core.model import Model, load_model
 from sparse_signals.core.questions import questions
 from sparse_signals.core.run import run
@@ -41,17 +42,18 @@ from sparse_signals.interventions.circuit_curves import (
 from sparse_signals.tracing.roots import strongest_roots
 from sparse_signals.tracing.trace import trace
 
-POINTS = {  # where gradients are taken, from counterfactuals (0) to prompts (1)
-    "secant": None,
-    "gradients at both ends": (0.0, 1.0),
-    "EAP": (1.0,),
+RULES = {
+    "secant": SECANT,
+    "gradients at both ends": gradients(0.0, 1.0),
+    "EAP": gradients(1.0),
     "EAP-IG 5": integrated(5),
     "EAP-IG 20": integrated(20),
+    "RelP": RELP,
 }
 AGAINST = "EAP-IG 20"
 NODES = (10, 20, 40, 80)
 USES = ("train", "test", "reference")
-OF_NODES = ("secant", "EAP", "EAP-IG 5")
+OF_NODES = ("secant", "EAP", "EAP-IG 5", "RelP")
 BY = ("method", "size")
 KINDS = {"heads": ("head",), "heads and MLPs": ("head", "MLP")}
 REFERENCES = 4  # counterfactuals that nodes are averaged over, for each test prompt
@@ -80,7 +82,7 @@ def shares_of(prompts: AlignedPrompts, roles: list[str], name: str) -> Shares:
     """Shares or gradients of all edges and nodes, in a row for every role."""
     row = role_rows(prompts.batch, roles)
     both = prompts.batch, prompts.counterfactual
-    given = {"objective": prompts.objective, "row": row, "points": POINTS[name]}
+    given = {"objective": prompts.objective, "row": row, "rule": RULES[name]}
     return edge_shares(prompts.model, *both, **given)
 
 
@@ -126,7 +128,7 @@ def edges_compared(given: argparse.Namespace, model: Model) -> dict[str, pd.Data
     for draw in range(given.draws):
         train = prompts_of(given, model, "train", draw, given.train)
         test = prompts_of(given, model, "test", draw, given.test)
-        found = {name: timed(name, partial(shares_of, train, [], name)) for name in POINTS}
+        found = {name: timed(name, partial(shares_of, train, [], name)) for name in RULES}
         answers = partial(edge_answers, test, rankings(train, found), draw=draw)
         pieces.append(timed("circuits", answers))
         pd.concat(pieces).to_csv(given.out / "answers.csv", index=False)

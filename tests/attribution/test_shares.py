@@ -10,9 +10,9 @@ from slow_shares import slow_shares
 from sparse_signals.attribution import aligned as runs_module
 from sparse_signals.attribution import shares as module
 from sparse_signals.attribution.aligned import ShareError
+from sparse_signals.attribution.rules import SECANT, gradients, integrated
 from sparse_signals.attribution.shares import (
     edge_shares,
-    integrated,
     largest_shares,
     node_shares,
 )
@@ -151,9 +151,11 @@ def gate_gradients(model, batch, other, point):
     return dict(zip(values, gradients, strict=True))
 
 
-@pytest.mark.parametrize("points", [(1.0,), (0.0,), (0.25,), (0.0, 1.0), integrated(3)], ids=str)
+@pytest.mark.parametrize(
+    "points", [(1.0,), (0.0,), (0.25,), (0.0, 1.0), integrated(3).points], ids=str
+)
 def test_gradients_are_those_of_autograd(kind, model, pair, points):
-    found = edge_shares(model, *pair, points=points)
+    found = edge_shares(model, *pair, rule=gradients(*points))
     with torch.no_grad():
         each = [gate_gradients(model, *pair, point) for point in points]
     for name in INPUTS:
@@ -165,7 +167,7 @@ def test_gradients_are_those_of_autograd(kind, model, pair, points):
 
 @pytest.mark.slow
 def test_many_steps_add_up_at_the_embeddings(model, pair):
-    gaps = [edge_shares(model, *pair, points=integrated(n)).gaps.embeddings for n in (2, 8, 32)]
+    gaps = [edge_shares(model, *pair, rule=integrated(n)).gaps.embeddings for n in (2, 8, 32)]
     assert gaps[2] < gaps[1] / 8 < gaps[0] / 16 and gaps[2] < 1e-3
 
 
@@ -179,7 +181,7 @@ def test_of_nearly_equal_runs_they_are_gradients(tiny_llama, pair):
     noise = torch.randn(32, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         weights[near.tokens[0, 3]] = weights[batch.tokens[0, 3]] + 1e-6 * noise
-    exact, slope = (edge_shares(tiny_llama, batch, near, points=x) for x in (None, (1.0,)))
+    exact, slope = (edge_shares(tiny_llama, batch, near, rule=x) for x in (SECANT, gradients(1.0)))
     with torch.no_grad():
         weights.copy_(kept)
     for name in INPUTS:
@@ -217,7 +219,7 @@ def test_a_log_probability_is_split_too(kind, model, pair, others):
     expected = sums[0].log() - sums[1].log()
     assert gap(found.difference, expected) < TOLERANCE
     assert found.gaps.worst < 1e-12
-    slope = edge_shares(model, batch, other, objective=asked, points=integrated(32))
+    slope = edge_shares(model, batch, other, objective=asked, rule=integrated(32))
     assert gap(slope.nodes[:, 0], expected) < 2e-3
 
 
@@ -364,11 +366,6 @@ def test_rows_cover_all_tokens(tiny_gpt2, pair):
         edge_shares(tiny_gpt2, *pair, row=each_token(pair[0]) - 1)
 
 
-def test_gradients_need_a_point(tiny_gpt2, pair):
-    with pytest.raises(ShareError, match="at one point or more"):
-        edge_shares(tiny_gpt2, *pair, points=())
-
-
 def test_prompts_fit_into_the_window(tiny_gpt2):
     long = aligned(torch.ones(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
     with pytest.raises(PromptError, match="prompts have 40 tokens; tiny-gpt2 takes 32"):
@@ -379,7 +376,7 @@ def test_shares_that_do_not_add_up_are_refused(tiny_gpt2, pair, monkeypatch):
     monkeypatch.setitem(module.COMPLETE, torch.float64, 1e-20)
     with pytest.raises(ShareError, match="miss what they add up to"):
         edge_shares(tiny_gpt2, *pair)
-    edge_shares(tiny_gpt2, *pair, points=(1.0,))
+    edge_shares(tiny_gpt2, *pair, rule=gradients(1.0))
 
 
 def test_rounding_of_a_small_difference_is_no_fault():

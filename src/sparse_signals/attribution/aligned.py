@@ -1,6 +1,6 @@
 """Two aligned runs, of prompts and of their counterfactuals, and what differs between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_signals.attribution.readers import Node, Readers, readers
 from sparse_signals.attribution.record import Record, record
+from sparse_signals.attribution.rules import SECANT, Rule
 from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, once_per_model
@@ -176,19 +177,19 @@ class AlignedRuns:
         """Through the secants of both runs, of a node."""
         return readers(self.model, *self.ends, self.last, node)
 
-    def readers(self, points: Sequence[float] | None = None) -> Iterator[Readers]:
-        """Through the secants of both runs, or the gradients at points in between."""
-        if points is None:
+    def readers(self, rule: Rule = SECANT) -> Iterator[Readers]:
+        """Through the secants of both runs, or what a rule has at points in between."""
+        if rule.points is None:
             yield self._readers(*self.ends)
             return
         x, other = self.ends
         known = {0.0: other, 1.0: x}
-        for point in points:
+        for point in rule.points:
             between = torch.lerp(other.embedding, x.embedding, point)
             here = known.get(point) or record(self.model, between, self.last, self.front)
-            yield self._readers(here, here)
+            yield self._readers(here, here, rule.relevance)
 
-    def _readers(self, first: Record, second: Record) -> Readers:
+    def _readers(self, first: Record, second: Record, relevance: bool = False) -> Readers:
         W_U, asked = self.model.bridge.unembed.W_U, self.objective.to(first.x)
         if asked.logarithm:
             log, other_log = (self._logits(end).log_softmax(-1) for end in (first, second))
@@ -197,7 +198,7 @@ class AlignedRuns:
             vector = LogProbability.between(log, other_log, right).vector @ W_U.T
         else:
             vector = torch.einsum("pk,pkd->pd", asked.weights, W_U.T[asked.tokens])
-        return readers(self.model, first, second, self.last, vector)
+        return readers(self.model, first, second, self.last, vector, relevance)
 
     def _embedding(self, of: Counterfactual) -> Float[Tensor, "prompt pos d"]:
         if isinstance(of, Batch):

@@ -4,7 +4,7 @@ The reader of an input is a vector of the stream. Where heads read, it is kept a
 of, one cotangent of the query, key or value for every head and token, and spelled out when needed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,17 +84,19 @@ def readers(
     second: Record,
     last: Int[Tensor, "prompt"],
     asked: Float[Tensor, "prompt d"] | Node,
+    relevance: bool = False,
 ) -> Readers:
     """One pass backward through the secants of two runs; of a run with itself, the gradient.
 
-    `asked`: what F is of the last normalisation, or a node that F is. Costs about a forward pass.
+    `asked`: what F is of the last normalisation, or a node that F is. `relevance`: of a run with
+    itself, the coefficients of `Rule`. Costs about a forward pass.
     """
     node = asked if isinstance(asked, Node) else None
     if isinstance(asked, Node):
         out = asked.direction if asked.layer == model.n_layers else torch.zeros_like(first.x)
     else:
         norm = norm_secant(
-            model, model.bridge.ln_final, first.x, second.x, first.scale, second.scale
+            model, model.bridge.ln_final, first.x, second.x, first.scale, second.scale, relevance
         )
         out = ReadOut(norm, asked).transpose(torch.ones_like(first.scale))
     written, layers = out.unsqueeze(1), []
@@ -103,7 +105,7 @@ def readers(
         here = node if node and node.layer == layer else None
         if here and here.part == "mlp":
             written = here.among(written)
-        mlp = _through_mlp(model, layer, a, b, written)
+        mlp = _through_mlp(model, layer, a, b, written, relevance)
         middle = mlp if here else written + mlp
         W_O = model.writers.W_O[layer].flatten(0, 1)
         z = (middle @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
@@ -111,7 +113,8 @@ def readers(
             z = torch.zeros_like(z)
             z[:, here.part] = here.among(middle) @ model.writers.W_O[layer, here.part].T
         q, k, v = _through_attention(model, layer, a, b, z, last)
-        norm = norm_secant(model, model.bridge.blocks[layer].ln1, a.x, b.x, a.scale, b.scale)
+        part = model.bridge.blocks[layer].ln1
+        norm = norm_secant(model, part, a.x, b.x, a.scale, b.scale, relevance)
         layers.append(LayerReaders(norm, q, k, v, z, mlp, written))
         W_Q, W_K, W_V = reading_weights(model, layer)
         shared = (x.unflatten(1, (model.n_kv_heads, -1)).sum(2) for x in (k, v))
@@ -124,10 +127,20 @@ def readers(
 
 
 def norm_secant(
-    model: Model, part: Any, x: Tensor, other: Tensor, scale: Tensor, other_scale: Tensor
+    model: Model,
+    part: Any,
+    x: Tensor,
+    other: Tensor,
+    scale: Tensor,
+    other_scale: Tensor,
+    held: bool = False,
 ) -> Norm:
-    """The secant of a normalisation, a part of the bridge, from the streams of two runs."""
-    return Norm.between(x, other, scale, other_scale, part.w, centred=not model.rms)
+    """The secant of a normalisation, a part of the bridge, from the streams of two runs.
+
+    `held`: as if what it divides by were a constant.
+    """
+    norm = Norm.between(x, other, scale, other_scale, part.w, centred=not model.rms)
+    return replace(norm, pull=torch.zeros_like(norm.pull)) if held else norm
 
 
 def _through_mlp(
@@ -136,9 +149,10 @@ def _through_mlp(
     a: LayerRecord,
     b: LayerRecord,
     cotangent: Float[Tensor, "prompt dest d"],
+    relevance: bool,
 ) -> Float[Tensor, "prompt dest d"]:
     """The reader of an MLP, of what F hears of its output."""
-    block, (norm, secant) = model.bridge.blocks[layer], mlp_secants(model, layer, a, b)
+    block, (norm, secant) = model.bridge.blocks[layer], mlp_secants(model, layer, a, b, relevance)
     y = secant.transpose(cotangent @ block.mlp.W_out.T)
     mlp = block.mlp
     y = y[0] @ mlp.W_gate.T + y[1] @ mlp.W_in.T if isinstance(y, tuple) else y @ mlp.W_in.T
@@ -146,11 +160,16 @@ def _through_mlp(
 
 
 def mlp_secants(
-    model: Model, layer: int, a: LayerRecord, b: LayerRecord
+    model: Model, layer: int, a: LayerRecord, b: LayerRecord, relevance: bool = False
 ) -> tuple[Norm, Pointwise | Gated]:
-    """The secants of the normalisation in front of an MLP, and of what it does between weights."""
+    """The secants of the normalisation in front of an MLP, and of what it does between weights.
+
+    `relevance`: g(z)/z, and halves of products, are secants from where nothing is active.
+    """
     block = model.bridge.blocks[layer]
-    norm = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale)
+    norm = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale, relevance)
+    if relevance:
+        b = b.silent()
     secant = Pointwise.between(nonlinearity(block), a.pre, b.pre, a.post, b.post)
     if a.up is None or b.up is None:
         return norm, secant

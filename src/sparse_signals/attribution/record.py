@@ -5,7 +5,7 @@ for the answer: so the last layer has one destination, and the others have every
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,11 @@ class LayerRecord:
     def start(self) -> int:
         """How many tokens are in front."""
         return self.k.shape[2] - self.x.shape[1]
+
+    def silent(self) -> "LayerRecord":
+        """The same with an MLP in which nothing is active."""
+        pre, post = torch.zeros_like(self.pre), torch.zeros_like(self.post)
+        return replace(self, pre=pre, post=post, up=None if self.up is None else pre)
 
     def rows(self, rows: slice) -> "LayerRecord":
         """The same of some of the prompts."""

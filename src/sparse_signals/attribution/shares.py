@@ -6,7 +6,7 @@ component c to an input is Δx_c · reader. Shares into a node add up to the nod
 into the read-out to F(x) − F(x′), and so do the shares of the embeddings of all tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -23,6 +23,7 @@ from sparse_signals.attribution.aligned import (
 )
 from sparse_signals.attribution.readers import Readers
 from sparse_signals.attribution.record import reading_weights
+from sparse_signals.attribution.rules import SECANT, Rule
 from sparse_signals.attribution.secants import Norm
 from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.objective import Objective
@@ -72,11 +73,6 @@ class Shares:
     gaps: Gaps
 
 
-def integrated(steps: int) -> tuple[float, ...]:
-    """The points of integrated gradients: the middle of every step from x′ (0) to x (1)."""
-    return tuple((step + 0.5) / steps for step in range(steps))
-
-
 @torch.no_grad()
 def edge_shares(
     model: Model,
@@ -85,19 +81,17 @@ def edge_shares(
     *,
     objective: Objective | None = None,
     row: Int[Tensor, "prompt pos"] | None = None,
-    points: Sequence[float] | None = None,
+    rule: Rule = SECANT,
 ) -> Shares:
     """Split F(x) − F(x′) over all edges, for prompts x of a batch and their counterfactuals x′.
 
     Edge c → input at token t: Δx_c(t) · reader(t), through the secants of both runs.
     F is the `objective` at the last token; None: logit(IO) − logit(S) of the batch.
     `row` numbers the rows over whose tokens shares are summed; None: one for every prompt.
-    `points`: gradients instead of secants, the mean of those at some points from x′ (0) to x (1).
-    (1.0,) is at x, (0.0,) at x′, (0.0, 1.0) the mean of both, and `integrated(n)` integrated
-    gradients, where embeddings go from one to the other. None is exact: the gaps say by how much.
+    `rule`: secants, which are exact, `rules.gradients`, `rules.integrated` or `rules.RELP`, of
+    which the gaps say by how much they miss what they should add up to.
     Costs about four forward passes of each prompt, in chunks that fit into memory; what
     prompts have in front of the first token that differs is run once.
-    Source: Syed et al. 2023 (gradients), Hanna et al. 2024 (points in between).
     Raises ShareError for batches that are not aligned, and for exact shares that do not add up;
     PromptError where no answer is given and prompts have no names.
 
@@ -114,12 +108,10 @@ def edge_shares(
     whole = AlignedRuns.of(model, batch, counterfactual, objective)
     if row.shape != batch.tokens.shape or int(row.min()) < 0:
         raise ShareError("every token of the prompts belongs to a row, numbered from 0")
-    if points is not None and not len(points):
-        raise ShareError("gradients are taken at one point or more, and none is given")
     total = _Total(model, int(row.max()) + 1)
     for rows, chunk in whole.chunks():
-        total.add_chunk(chunk, row[rows, : chunk.stop].to(model.device), points)
-    return total.finished(exact=points is None)
+        total.add_chunk(chunk, row[rows, : chunk.stop].to(model.device), rule)
+    return total.finished(rule.exact)
 
 
 @torch.no_grad()
@@ -138,7 +130,7 @@ def node_shares(
     """
     pieces, gaps = [], []
     for _, chunk in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
-        values = [_node_values(chunk, found) for found in chunk.readers(None)]
+        values = [_node_values(chunk, found) for found in chunk.readers()]
         around = (0, 0, chunk.start, batch.tokens.shape[1] - chunk.stop)
         pieces += [torch.nn.functional.pad(x, around) for x in values]
         embedding = values[-1][:, :, 0]
@@ -204,16 +196,14 @@ class _Total:
         self.nodes = torch.zeros(rows, size, **kind)
         self.places = changing(model)
 
-    def add_chunk(
-        self, chunk: AlignedRuns, row: Int[Tensor, "prompt pos"], points: Sequence[float] | None
-    ) -> None:
+    def add_chunk(self, chunk: AlignedRuns, row: Int[Tensor, "prompt pos"], rule: Rule) -> None:
         """Add the mean over all passes backward, and note by how much it misses."""
         row = row[:, chunk.start :]
-        weight, whole = 1 / len(points or (1,)), bool((row == row[:, :1]).all())
+        weight, whole = 1 / len(rule.points or (1,)), bool((row == row[:, :1]).all())
         # the read-out, the embeddings, then heads and MLP of every layer
         own = chunk.difference.new_zeros(len(row), 1 + len(self.places))
         into, size = torch.zeros_like(own), torch.zeros_like(own)
-        for found in chunk.readers(points):
+        for found in chunk.readers(rule):
             nodes = weight * _node_values(chunk, found)
             self.nodes.index_add_(0, row.flatten(), nodes.flatten(0, 1))
             own[:, 1:] += nodes.sum(1)[:, self.places]
