@@ -19,8 +19,8 @@ from sparse_signals.attribution.paths import find_paths
 from sparse_signals.attribution.shares import edge_shares, node_shares
 from sparse_signals.attribution.signals import (
     compare_heads,
-    difference_slices,
-    edge_slices,
+    edge_sides,
+    head_sides,
 )
 from sparse_signals.attribution.tables import (
     AnswerSettings,
@@ -33,7 +33,6 @@ from sparse_signals.attribution.tables import (
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.stats import random_rotation
-from sparse_signals.signals.slices import model_basis
 
 NODES = (None, Asked("1.2", 8), Asked("MLP 1", 8), Asked("2.1", "end"), Asked("MLP 2", "end"))
 STREAMS = (Asked("stream 1", 8, torch.ones(32).double()), Asked("stream 3", "end", torch.ones(32)))
@@ -47,10 +46,9 @@ def runs(request, tokens, mask):
 
 def started(runs, asked):
     found = next(runs.readers())
-    if asked is None:
-        return found, None, runs.difference
-    node = node_of(runs, asked, found)
-    return runs.readers_of(node), node, change_of(runs, node)
+    if asked is not None:
+        found = runs.readers_of(node_of(runs, asked, found))
+    return found, change_of(runs, found.node)
 
 
 def close(a, b, tolerance=1e-11):
@@ -62,12 +60,12 @@ def close(a, b, tolerance=1e-11):
 
 @pytest.mark.parametrize("asked", [*NODES, *STREAMS], ids=str)
 def test_all_edges_together_carry_the_whole_difference(runs, asked):
-    found, node, whole = started(runs, asked)
-    edges = find_edges(runs, found, node)
+    found, whole = started(runs, asked)
+    edges = find_edges(runs, found)
     assert float(whole.abs().min()) > 1e-8
-    assert close(carried(runs, found, edges, node), whole)
+    assert close(carried(runs, found, edges), whole)
     some = edges[torch.arange(len(edges)) % 3 > 0]
-    assert not close(carried(runs, found, some, node), whole, 1e-2)
+    assert not close(carried(runs, found, some), whole, 1e-2)
 
 
 def test_edges_are_those_of_edge_shares_split_by_destination(runs):
@@ -118,8 +116,8 @@ def test_all_paths_together_are_the_whole_difference(request, asked, tokens):
         model = request.getfixturevalue(f"tiny_{kind}")
         pair = aligned(tokens[:2], torch.ones(2, 12, dtype=torch.bool), places=(11,))
         runs = AlignedRuns.of(model, *pair)
-        found, node, whole = started(runs, asked)
-        ways, ends = find_paths(runs, found, node, beam=10**6)
+        found, whole = started(runs, asked)
+        ways, ends = find_paths(runs, found, beam=10**6)
         total = torch.zeros_like(whole).index_add(0, ways.prompt[ends], ways.value[ends])
         assert len(ends) > 20
         assert close(total, whole)
@@ -172,8 +170,14 @@ def test_comparisons_are_what_queries_and_keys_carry(runs, monkeypatch):
     src = torch.tensor(table["src"].to_numpy())
     row = [table[name].to_numpy() for name in ("prompt", "head", "dest")]
     some = Heads(1, *(torch.tensor(x) for x in (row[0], row[1], row[2] - runs.start)))
-    parts = difference_slices(runs, some, src)
+    change, score = head_sides(runs, some, src)
+    parts = change.slices
     assert close(parts.sum(1), torch.tensor(table["change"].to_numpy()))
+    q, k = (getattr(runs.ends[0].layers[1], name) for name in "qk")
+    groups = heads // runs.model.n_kv_heads
+    pairs = q[some.prompt, some.head, some.dest], k[some.prompt, some.head // groups, src]
+    expected = torch.linalg.vecdot(*pairs) / float(runs.model.divisor[1])
+    assert close(score.slices.sum(1), expected)
     whole = table.groupby(["prompt", "head", "dest"])["value"].sum()
     for (prompt, head, dest), value in whole.iloc[:10].items():
         match = (mine.prompt == prompt) & (mine.down == first + head)
@@ -187,11 +191,11 @@ def test_slices_of_edges_sum_to_their_shares(runs, layer):
     edges, first = find_edges(runs, found), 1 + layer * (runs.model.n_heads + 1)
     mine = edges[(edges.down >= first) & (edges.down < first + runs.model.n_heads)]
     mine = mine[mine.kind < 2]
-    parts = edge_slices(runs, found, layer, mine)
+    sides = edge_sides(runs, found, layer, mine)
+    parts = sides.slices
     assert len(mine) > 100
     assert close(parts.sum(1), mine.value)
-    turned = model_basis(runs.model).turned(random_rotation(runs.model.d_head, 0))
-    other = edge_slices(runs, found, layer, mine, turned)
+    other = sides.turned(random_rotation(runs.model.d_head, 0)).slices
     assert close(other.sum(1), mine.value)
     assert not close(other, parts, 1e-2)
 

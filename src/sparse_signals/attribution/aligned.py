@@ -8,10 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.attribution.readers import Node, Readers, readers
+from sparse_signals.attribution.readers import (
+    LayerSecants,
+    Node,
+    Readers,
+    layer_secants,
+    norm_secant,
+    readers,
+)
 from sparse_signals.attribution.record import Record, record
 from sparse_signals.attribution.rules import SECANT, Rule
-from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm
+from sparse_signals.attribution.secants import LAST_PLACES, LogProbability, Norm, ReadOut
 from sparse_signals.core.forward import normalise
 from sparse_signals.core.model import Model, once_per_model
 from sparse_signals.core.objective import Objective, aligned_objective, first_change
@@ -173,24 +180,37 @@ class AlignedRuns:
         """The rows of all tokens, or of one in each prompt, the last."""
         return (row if tokens > 1 else row.gather(1, self.last[:, None])).flatten()
 
+    @cached_property
+    def secants(self) -> tuple[LayerSecants, ...]:
+        """Those of all layers."""
+        return layer_secants(self.model, *self.ends)
+
+    @cached_property
+    def answer(self) -> Node:
+        """The node that F is: the last stream, along what F hears of it through both runs."""
+        return self._answer(*self.ends)
+
     def readers_of(self, node: Node) -> Readers:
-        """Through the secants of both runs, of a node."""
-        return readers(self.model, *self.ends, self.last, node)
+        """Through the secants of both runs, of a node in the place of the answer."""
+        return readers(self.model, self.secants, node, self.last)
 
     def readers(self, rule: Rule = SECANT) -> Iterator[Readers]:
         """Through the secants of both runs, or what a rule has at points in between."""
         if rule.points is None:
-            yield self._readers(*self.ends)
+            yield self.readers_of(self.answer)
             return
         x, other = self.ends
         known = {0.0: other, 1.0: x}
         for point in rule.points:
             between = torch.lerp(other.embedding, x.embedding, point)
             here = known.get(point) or record(self.model, between, self.last, self.front)
-            yield self._readers(here, here, rule.relevance)
+            local = layer_secants(self.model, here, here, rule.relevance)
+            answer = self._answer(here, here, rule.relevance)
+            yield readers(self.model, local, answer, self.last)
 
-    def _readers(self, first: Record, second: Record, relevance: bool = False) -> Readers:
-        W_U, asked = self.model.bridge.unembed.W_U, self.objective.to(first.x)
+    def _answer(self, first: Record, second: Record, relevance: bool = False) -> Node:
+        model, asked = self.model, self.objective.to(first.x)
+        W_U, final = model.bridge.unembed.W_U, model.bridge.ln_final
         if asked.logarithm:
             log, other_log = (self._logits(end).log_softmax(-1) for end in (first, second))
             right = torch.zeros_like(log, dtype=torch.bool)
@@ -198,7 +218,10 @@ class AlignedRuns:
             vector = LogProbability.between(log, other_log, right).vector @ W_U.T
         else:
             vector = torch.einsum("pk,pkd->pd", asked.weights, W_U.T[asked.tokens])
-        return readers(self.model, first, second, self.last, vector, relevance)
+        ends = first.x, second.x, first.scale, second.scale
+        read_out = ReadOut(norm_secant(model, final, *ends, relevance), vector)
+        direction = read_out.transpose(torch.ones_like(first.scale))
+        return Node(model.n_layers, "stream", self.last, direction)
 
     def _embedding(self, of: Counterfactual) -> Float[Tensor, "prompt pos d"]:
         if isinstance(of, Batch):

@@ -21,6 +21,7 @@ from sparse_signals.attribution.inputs import (
     MLPs,
     into_heads,
     into_mlps,
+    into_stream,
     out_of_heads,
     out_of_mlps,
 )
@@ -53,7 +54,7 @@ class TokenEdges:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def __getitem__(self, chosen: Tensor) -> "TokenEdges":
+    def __getitem__(self, chosen: Tensor | slice) -> "TokenEdges":
         return TokenEdges(*(x[chosen] for x in vars(self).values()))
 
 
@@ -72,7 +73,9 @@ def first_head(model: Model, layer: int) -> int:
 
 
 def component_of(model: Model, node: Node) -> int:
-    """The number of the head or MLP that a node is."""
+    """The number of the head or MLP that a node is; `READ_OUT` of a stream."""
+    if node.part == "stream":
+        return READ_OUT
     return first_head(model, node.layer) + (model.n_heads if node.part == "mlp" else int(node.part))
 
 
@@ -89,39 +92,38 @@ class _Nodes:
 
 
 def change_of(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt"]:
-    """ΔF of a node that F is: its direction times what differs there."""
-    return torch.linalg.vecdot(_differing(runs, node), node.direction)
+    """ΔF of what F is: the direction times what differs there; of the answer, from logits."""
+    return runs.difference if node is runs.answer else _parts_of(runs, node).sum(1)
 
 
-def _differing(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt d"]:
-    """Δ of what a node writes."""
+def _parts_of(runs: AlignedRuns, node: Node) -> Float[Tensor, "prompt d"]:
+    """ΔF of a node in parts, one for each number of what it writes."""
     prompt, (tokens, ends) = torch.arange(len(runs.last), device=runs.last.device), runs.changes
-    if node.part == "stream":
-        upstream = first_head(runs.model, node.layer)
-        many = node.layer < runs.model.n_layers
-        return (tokens[:upstream, prompt, node.place] if many else ends[:, :, 0]).sum(0)
     number = component_of(runs.model, node)
-    return tokens[number, prompt, node.place] if number < len(tokens) else ends[number, :, 0]
+    if number == READ_OUT:
+        upstream, many = first_head(runs.model, node.layer), node.layer < runs.model.n_layers
+        change = (tokens[:upstream, prompt, node.place] if many else ends[:, :, 0]).sum(0)
+    else:
+        many = number < len(tokens)
+        change = tokens[number, prompt, node.place] if many else ends[number, :, 0]
+    return node.direction * change
 
 
-def find_edges(
-    runs: AlignedRuns, found: Readers, node: Node | None = None, least: float = 0.0
-) -> TokenEdges:
-    """All edges that hang together with the answer by shares of at least `least` of |ΔF|.
+def find_edges(runs: AlignedRuns, found: Readers, least: float = 0.0) -> TokenEdges:
+    """All edges that hang together with F by shares of at least `least` of |ΔF|.
 
     From the top: edges into a node are looked for where an edge out of it was found. Prompts whose
     F does not change have none. Raises ShareError where shares into a node miss its own.
     """
     tokens, ends = runs.changes
-    if node is None:
-        whole, parts = runs.difference, found.out * ends[:, :, 0].sum(0)
-    else:
-        whole, parts = change_of(runs, node), node.direction * _differing(runs, node)
-    extent = parts.abs().sum(1)
+    whole, extent = change_of(runs, found.node), _parts_of(runs, found.node).abs().sum(1)
     scale = whole.abs().masked_fill(whole.abs() <= FLAT * extent, torch.inf)
     floor = torch.maximum(extent, runs.rounding)
-    strength, pieces = tokens.new_zeros(len(whole), len(ends), tokens.shape[2]), []
-    for nodes in _from_the_top(runs, found, node, whole, strength):
+    # READ_OUT, the number after all components, is the last one
+    strength, pieces = tokens.new_zeros(len(whole), len(ends) + 1, tokens.shape[2]), []
+    prompt = torch.arange(len(whole), device=whole.device)
+    strength[prompt, component_of(runs.model, found.node), found.node.place] = torch.inf
+    for nodes in _from_the_top(runs, found, strength):
         inputs = nodes.inputs
         prompt = nodes.prompt[inputs.node]
         values = upstream_values(runs, prompt, inputs, nodes.upstream)
@@ -132,13 +134,9 @@ def find_edges(
         part = values.abs() / scale[prompt, None]
         row, up = ((part >= least) & (values != 0)).nonzero(as_tuple=True)
         of, token = inputs.node[row], inputs.token[row]
-        number = nodes.number[of]
-        limit = torch.ones_like(part[row, up]) * torch.inf
-        inside = number != READ_OUT
-        at = nodes.prompt[of][inside], number[inside], nodes.dest[of][inside]
-        limit[inside] = strength[at]
+        limit = strength[nodes.prompt[of], nodes.number[of], nodes.dest[of]]
         edges = TokenEdges(
-            prompt[row], up, token, number, nodes.dest[of], inputs.kind[row],
+            prompt[row], up, token, nodes.number[of], nodes.dest[of], inputs.kind[row],
             values[row, up], size[of], torch.minimum(part[row, up], limit),
         )  # fmt: skip
         place = (edges.prompt * strength.shape[1] + up) * strength.shape[2] + token
@@ -150,33 +148,21 @@ def find_edges(
 
 
 def _from_the_top(
-    runs: AlignedRuns,
-    found: Readers,
-    node: Node | None,
-    whole: Float[Tensor, "prompt"],
-    strength: Float[Tensor, "prompt component pos"],
+    runs: AlignedRuns, found: Readers, strength: Float[Tensor, "prompt component pos"]
 ) -> Iterator[_Nodes]:
-    """Nodes that edges lead out of so far: the answer, then MLP and heads of every layer."""
-    model, number = runs.model, torch.arange(len(whole), device=whole.device)
-    top = model.n_layers
-    if node is None or node.part == "stream":
-        place = runs.last if node is None else node.place
-        reader = found.out if node is None else node.direction
-        kind = torch.full_like(number, INPUTS.index("out"))
-        inputs = Inputs(number, kind, place, reader)
-        top = model.n_layers if node is None else node.layer
-        yield _Nodes(number, kind * 0 + READ_OUT, place, whole, inputs, first_head(model, top))
-    else:
-        strength[number, component_of(model, node), node.place] = torch.inf
-        top = node.layer + 1
-    for layer in reversed(range(top)):
+    """Nodes that edges lead out of: F if it is a stream, then MLP and heads of every layer."""
+    model, node = runs.model, found.node
+    if node.part == "stream":
+        prompt = torch.arange(len(node.place), device=node.place.device)
+        number, upstream = torch.full_like(prompt, READ_OUT), first_head(model, node.layer)
+        own = change_of(runs, node)
+        yield _Nodes(prompt, number, node.place, own, into_stream(node), upstream)
+    for layer in reversed(range(node.layers)):
         first, readers = first_head(model, layer), found.layers[layer]
         a, b = (end.layers[layer] for end in runs.ends)
         prompt, dest = strength[:, first + model.n_heads].nonzero(as_tuple=True)
         here = dest if a.mlp.shape[1] > 1 else torch.zeros_like(dest)
         written, change = (x[prompt, here] for x in (readers.written, a.mlp - b.mlp))
-        if node is not None and (node.layer, node.part) == (layer, "mlp"):
-            written = node.direction[prompt]
         own = torch.linalg.vecdot(written, change)
         inputs = into_mlps(runs, MLPs(layer, prompt, dest), written)
         which = torch.full_like(prompt, first + model.n_heads)
@@ -184,7 +170,7 @@ def _from_the_top(
         prompt, head, dest = strength[:, first : first + model.n_heads].nonzero(as_tuple=True)
         here = dest if a.z.shape[2] > 1 else torch.zeros_like(dest)
         z, change = (x[prompt, head, here] for x in (readers.z, a.z - b.z))
-        inputs, _ = into_heads(runs, Heads(layer, prompt, head, dest), z)
+        inputs = into_heads(runs, Heads(layer, prompt, head, dest), z)
         own = torch.linalg.vecdot(z, change)
         yield _Nodes(prompt, first + head, dest, own, inputs, first)
 
@@ -211,47 +197,46 @@ def _check(model: Model, gap: Float[Tensor, "node"], size: Float[Tensor, "node"]
 # --- what a part of the graph carries ------------------------------------------------------------
 
 
-def carried(
-    runs: AlignedRuns, found: Readers, edges: TokenEdges, node: Node | None = None
-) -> Float[Tensor, "prompt"]:
-    """How much of ΔF comes along ways that lead from tokens to the answer by these edges alone.
+def carried(runs: AlignedRuns, found: Readers, edges: TokenEdges) -> Float[Tensor, "prompt"]:
+    """How much of ΔF comes along ways that lead from tokens to F by these edges alone.
 
     The differences of the embeddings go forward through the secants, along the edges. Over all
     edges it is ΔF.
     """
-    model, (tokens, ends) = runs.model, runs.changes
-    prompts, length = tokens.shape[1:3]
-    change = tokens.new_zeros(len(ends), *tokens.shape[1:])
+    model, node, (tokens, ends) = runs.model, found.node, runs.changes
+    prompts = tokens.shape[1]
+    change = tokens.new_zeros(len(ends) + 1, *tokens.shape[1:])
     change[0] = tokens[0]
-    top = model.n_layers if node is None else node.layer + (node.part != "stream")
-
-    def read(mine: TokenEdges, nodes: Tensor) -> Inputs:
-        rows = change[mine.up, mine.prompt, mine.token]
-        return Inputs(nodes, mine.kind, mine.token, rows)
-
-    for layer in range(top):
-        first = first_head(model, layer)
-        of_heads = (edges.down >= first) & (edges.down < first + model.n_heads)
-        for here in (of_heads, edges.down == first + model.n_heads):
-            mine = edges[here]
-            place = (mine.prompt * len(ends) + mine.down) * length + mine.dest
-            place, nodes = place.unique(return_inverse=True)
-            prompt, number, dest = (
-                place // (length * len(ends)),
-                place // length % len(ends),
-                place % length,
-            )
-            if here is of_heads:
-                heads = Heads(layer, prompt, number - first, dest)
-                out = out_of_heads(runs, heads, read(mine, nodes))
-            else:
-                out = out_of_mlps(runs, MLPs(layer, prompt, dest), read(mine, nodes))
-            change[number, prompt, dest] = out
-    if node is None or node.part == "stream":
-        mine = edges[edges.down == READ_OUT]
-        reader = found.out if node is None else node.direction
-        value = torch.linalg.vecdot(change[mine.up, mine.prompt, mine.token], reader[mine.prompt])
-        return value.new_zeros(prompts).index_add(0, mine.prompt, value)
+    edges = edges[edges.down.argsort(stable=True)]  # READ_OUT comes first
+    for layer in range(node.layers):
+        first, last = first_head(model, layer), first_head(model, layer + 1) - 1
+        bounds = edges.down.new_tensor([first, last, last + 1])
+        heads_at, mlps_at, stop = torch.searchsorted(edges.down, bounds).tolist()
+        if heads_at < mlps_at:
+            (prompt, number, dest), read = _arriving(change, edges[heads_at:mlps_at])
+            heads = Heads(layer, prompt, number - first, dest)
+            change[number, prompt, dest] = out_of_heads(runs, heads, read)
+        if mlps_at < stop:
+            (prompt, number, dest), read = _arriving(change, edges[mlps_at:stop])
+            change[number, prompt, dest] = out_of_mlps(runs, MLPs(layer, prompt, dest), read)
+    mine = edges[edges.down == READ_OUT]
+    rows = change[mine.up, mine.prompt, mine.token]
+    change[READ_OUT].index_put_((mine.prompt, mine.dest), rows, accumulate=True)
     prompt = torch.arange(prompts, device=change.device)
     written = change[component_of(model, node), prompt, node.place]
     return torch.linalg.vecdot(written, node.direction)
+
+
+def _arriving(
+    change: Float[Tensor, "component prompt pos d"], edges: TokenEdges
+) -> tuple[tuple[Tensor, Tensor, Tensor], Inputs]:
+    """The nodes that edges lead to (prompt, number, token), and what they bring to each input."""
+    size, _, length, _ = change.shape
+    place = (edges.prompt * size + edges.down) * length + edges.dest
+    place, node = place.unique(return_inverse=True)
+    at = (node * len(INPUTS) + edges.kind) * length + edges.token
+    at, into = at.unique(return_inverse=True)
+    rows = change.new_zeros(len(at), change.shape[-1])
+    rows.index_add_(0, into, change[edges.up, edges.prompt, edges.token])
+    read = Inputs(at // (length * len(INPUTS)), at // length % len(INPUTS), at % length, rows)
+    return (place // (length * size), place // length % size, place % length), read

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_signals.attribution.aligned import AlignedRuns
-from sparse_signals.attribution.readers import attention_secants, mlp_secants, norm_secant
+from sparse_signals.attribution.readers import Node
 from sparse_signals.attribution.record import reading_weights
 from sparse_signals.attribution.secants import Gated, Mixing, Norm, Pointwise, Score, Softmax
 from sparse_signals.core.forward import angles
@@ -72,19 +72,22 @@ class Attending:
     @classmethod
     def of(cls, runs: AlignedRuns, nodes: Heads) -> "Attending":
         """From two aligned runs."""
-        model, layer = runs.model, nodes.layer
-        a, b = (end.layers[layer] for end in runs.ends)
-        mixing, softmax, score = attention_secants(model, layer, a, b)
+        part = runs.secants[nodes.layer]
+        mixing, softmax, score = part.mixing, part.softmax, part.score
         place = nodes.prompt, nodes.head
-        row = *place, _index(nodes.dest, a.q.shape[2])
-        norm = norm_secant(model, model.bridge.blocks[layer].ln1, a.x, b.x, a.scale, b.scale)
+        row = *place, _index(nodes.dest, score.q.shape[2])
         return cls(
             Mixing(mixing.weights[row].unsqueeze(1), mixing.v[place]),
             Softmax(softmax.weight[row].unsqueeze(1)),
             Score(score.q[row].unsqueeze(1), score.k[place], score.divisor),
-            norm,
-            a.start,
+            part.norm,
+            part.start,
         )
+
+    def heard(self, z: Float[Tensor, "node r"]) -> tuple[Tensor, Tensor]:
+        """Cotangents of the scores of the row and of the values, of those of what heads moved."""
+        of_weights, of_v = self.mixing.transpose(z.unsqueeze(1))
+        return self.softmax.transpose(of_weights), of_v
 
 
 def _index(dest: Int[Tensor, "node"], size: int) -> Int[Tensor, "node"]:
@@ -92,16 +95,20 @@ def _index(dest: Int[Tensor, "node"], size: int) -> Int[Tensor, "node"]:
     return dest if size > 1 else torch.zeros_like(dest)
 
 
-def into_heads(
-    runs: AlignedRuns, nodes: Heads, z: Float[Tensor, "node r"]
-) -> tuple[Inputs, Float[Tensor, "node src"]]:
-    """Readers at all inputs of heads, from what F hears of what they moved; and of their scores.
+def into_stream(node: Node) -> Inputs:
+    """The readers of what all components in front of a layer wrote together, such as of the answer.
 
-    The second are the cotangents of the scores of the row, sources from the start of the prompt.
+    There is one node for each prompt.
     """
+    number = torch.arange(len(node.place), device=node.place.device)
+    kind = torch.full_like(number, INPUTS.index("out"))
+    return Inputs(number, kind, node.place, node.direction)
+
+
+def into_heads(runs: AlignedRuns, nodes: Heads, z: Float[Tensor, "node r"]) -> Inputs:
+    """Readers at all inputs of heads, from what F hears of what they moved."""
     model, secants = runs.model, Attending.of(runs, nodes)
-    of_weights, of_v = secants.mixing.transpose(z.unsqueeze(1))
-    of_scores = secants.softmax.transpose(of_weights)
+    of_scores, of_v = secants.heard(z)
     of_q, of_k = secants.score.transpose(of_scores)
     of_k, of_v = (y[:, secants.start :] for y in (of_k, of_v))  # what is in front never changes
     if model.rotary:
@@ -120,7 +127,7 @@ def into_heads(
         place = nodes.prompt[which], at
         rows = secants.norm.at(place).folded(rows)
         pieces.append((which, torch.full_like(which, kind), at, rows))
-    return Inputs(*(torch.cat(parts) for parts in zip(*pieces, strict=True))), of_scores[:, 0]
+    return Inputs(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def into_mlps(runs: AlignedRuns, nodes: MLPs, written: Float[Tensor, "node d"]) -> Inputs:
@@ -135,10 +142,9 @@ def into_mlps(runs: AlignedRuns, nodes: MLPs, written: Float[Tensor, "node d"]) 
 
 def _at(runs: AlignedRuns, nodes: MLPs) -> tuple[Norm, Pointwise | Gated]:
     """The secants of MLPs at their tokens."""
-    a, b = (end.layers[nodes.layer] for end in runs.ends)
-    place = nodes.prompt, _index(nodes.dest, a.mid.shape[1])
-    norm, secant = mlp_secants(runs.model, nodes.layer, a, b)
-    return norm.at(place), secant.at(place)
+    part = runs.secants[nodes.layer]
+    place = nodes.prompt, _index(nodes.dest, part.middle.middle.shape[1])
+    return part.middle.at(place), part.mlp.at(place)
 
 
 # --- forward -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def carried_by(
     pieces = []
     for rows, runs in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
         found = next(runs.readers())
-        edges = find_edges(runs, found, least=least)
+        edges = find_edges(runs, found, least)
         for what, names in channels.items():
             kinds = torch.tensor([CHANNELS.index(name) for name in names])
             value = carried(runs, found, edges[torch.isin(edges.kind.cpu(), kinds)])

@@ -8,15 +8,21 @@ from torch import Tensor
 
 from sparse_signals.attribution.aligned import AlignedRuns
 from sparse_signals.attribution.graph import (
-    READ_OUT,
     change_of,
     component_of,
     first_head,
     ranks,
     upstream_values,
 )
-from sparse_signals.attribution.inputs import INPUTS, Heads, Inputs, MLPs, into_heads, into_mlps
-from sparse_signals.attribution.readers import Node, Readers
+from sparse_signals.attribution.inputs import (
+    Heads,
+    Inputs,
+    MLPs,
+    into_heads,
+    into_mlps,
+    into_stream,
+)
+from sparse_signals.attribution.readers import Readers
 from sparse_signals.core.matmul import grouped_matmul
 
 EMBEDDING = 0
@@ -48,11 +54,7 @@ class Ways:
 
 
 def find_paths(
-    runs: AlignedRuns,
-    found: Readers,
-    node: Node | None = None,
-    beam: int = 256,
-    least: float = 0.0,
+    runs: AlignedRuns, found: Readers, beam: int = 256, least: float = 0.0
 ) -> tuple[Ways, Int[Tensor, "path"]]:
     """The paths with the largest |share|: all ways, and which of them end at an embedding.
 
@@ -61,21 +63,16 @@ def find_paths(
     layer, from the top: of each prompt the `beam` largest, of at least `least` of |ΔF|. The share
     of a way is the sum over all paths that go on from it, so those that cancel may be missed.
     """
-    model, number = runs.model, torch.arange(len(runs.last), device=runs.last.device)
-    whole = runs.difference if node is None else change_of(runs, node)
+    model, node = runs.model, found.node
+    alive = torch.arange(len(runs.last), device=runs.last.device)
+    whole, nothing = change_of(runs, node), torch.full_like(alive, -1)
     bounds = (beam, least * whole.abs())
-    nothing = torch.full_like(number, READ_OUT)
-    top = model.n_layers if node is None else node.layer
-    if node is None or node.part == "stream":
-        place, heard = (runs.last, found.out) if node is None else (node.place, node.direction)
-        ways = Ways(number, nothing, place, nothing, nothing, whole, heard)
-        inputs = Inputs(number, torch.full_like(number, INPUTS.index("out")), place, heard)
-        ways, alive = _prolonged(runs, ways, number, number, inputs, first_head(model, top), bounds)
-    else:
-        at = torch.full_like(number, component_of(model, node))
-        ways, alive = Ways(number, at, node.place, nothing, nothing, whole, node.direction), number
-        top = top + 1
-    for layer in reversed(range(top)):
+    at = torch.full_like(alive, component_of(model, node))
+    ways = Ways(alive, at, node.place, nothing, nothing, whole, node.direction)
+    if node.part == "stream":
+        upstream = first_head(model, node.layer)
+        ways, alive = _prolonged(runs, ways, alive, alive, into_stream(node), upstream, bounds)
+    for layer in reversed(range(node.layers)):
         first = first_head(model, layer)
         last = first + model.n_heads
         mine = alive[ways.number[alive] == last]
@@ -86,7 +83,7 @@ def find_paths(
         mine = alive[(at >= first) & (at < last)]
         head = ways.number[mine] - first
         z = grouped_matmul(ways.heard[mine], model.writers.W_O[layer].mT, head)
-        inputs, _ = into_heads(runs, Heads(layer, ways.prompt[mine], head, ways.token[mine]), z)
+        inputs = into_heads(runs, Heads(layer, ways.prompt[mine], head, ways.token[mine]), z)
         ways, alive = _prolonged(runs, ways, alive, mine, inputs, first, bounds)
     return ways, alive[ways.value[alive].abs().argsort(descending=True)]
 

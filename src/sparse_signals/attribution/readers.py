@@ -4,6 +4,7 @@ The reader of an input is a vector of the stream. Where heads read, it is kept a
 of, one cotangent of the query, key or value for every head and token, and spelled out when needed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,6 @@ from sparse_signals.attribution.secants import (
     Mixing,
     Norm,
     Pointwise,
-    ReadOut,
     Score,
     Softmax,
 )
@@ -33,11 +33,11 @@ from sparse_signals.core.rotary import unrotate
 
 @dataclass(frozen=True)
 class Node:
-    """Something in a model that F can be: what it writes, along a direction.
+    """What F is: what something in a model writes, along a direction.
 
     `part` of a layer: the number of a head, "mlp", or "stream", what all components in front of the
-    layer wrote together (of the layer after the last one: all there are). `place`: the token of
-    every prompt, from the start of the runs.
+    layer wrote together (of the layer after the last one: all there are, and the answer is there).
+    `place`: the token of every prompt, from the start of the runs.
     """
 
     layer: int
@@ -45,11 +45,37 @@ class Node:
     place: Int[Tensor, "prompt"]
     direction: Float[Tensor, "prompt d"]
 
+    @property
+    def layers(self) -> int:
+        """How many layers lead to it."""
+        return self.layer + (self.part != "stream")
+
     def among(self, like: Float[Tensor, "prompt dest d"]) -> Float[Tensor, "prompt dest d"]:
         """The direction at its place, and nothing elsewhere."""
         found, place = torch.zeros_like(like), self.place if like.shape[1] > 1 else 0
         found[torch.arange(len(like), device=like.device), place] = self.direction
         return found
+
+
+@dataclass(frozen=True)
+class LayerSecants:
+    """The secants of a layer: of its normalisations, what its heads do, and its MLP.
+
+    Keys and values are repeated for each query head; `middle` is the normalisation in front of the
+    MLP, `mlp` what that does between its weights.
+    """
+
+    norm: Norm
+    mixing: Mixing
+    softmax: Softmax
+    score: Score
+    middle: Norm
+    mlp: Pointwise | Gated
+
+    @property
+    def start(self) -> int:
+        """How many tokens are in front."""
+        return self.score.k.shape[2] - self.norm.middle.shape[1]
 
 
 @dataclass(frozen=True)
@@ -71,59 +97,49 @@ class LayerReaders:
 
 @dataclass(frozen=True)
 class Readers:
-    """Cotangents of a whole model: at the read-out, of every layer, and of the embeddings."""
+    """Cotangents of a whole model: at the read-out, of every layer, and of the embeddings.
 
+    `node`: what F is.
+    """
+
+    node: Node
     out: Float[Tensor, "prompt d"]
     layers: tuple[LayerReaders, ...]
     embedding: Float[Tensor, "prompt pos d"]
 
 
 def readers(
-    model: Model,
-    first: Record,
-    second: Record,
-    last: Int[Tensor, "prompt"],
-    asked: Float[Tensor, "prompt d"] | Node,
-    relevance: bool = False,
+    model: Model, secants: Sequence[LayerSecants], asked: Node, last: Int[Tensor, "prompt"]
 ) -> Readers:
-    """One pass backward through the secants of two runs; of a run with itself, the gradient.
+    """One pass backward through the secants of all layers, from the node that F is.
 
-    `asked`: what F is of the last normalisation, or a node that F is. `relevance`: of a run with
-    itself, the coefficients of `Rule`. Costs about a forward pass.
+    Costs about a forward pass.
     """
-    node = asked if isinstance(asked, Node) else None
-    if isinstance(asked, Node):
-        out = asked.direction if asked.layer == model.n_layers else torch.zeros_like(first.x)
-    else:
-        norm = norm_secant(
-            model, model.bridge.ln_final, first.x, second.x, first.scale, second.scale, relevance
-        )
-        out = ReadOut(norm, asked).transpose(torch.ones_like(first.scale))
+    on_top = asked.layer == model.n_layers
+    out = asked.direction if on_top else torch.zeros_like(asked.direction)
     written, layers = out.unsqueeze(1), []
     for layer in reversed(range(model.n_layers)):
-        a, b = first.layers[layer], second.layers[layer]
-        here = node if node and node.layer == layer else None
+        part = secants[layer]
+        here = asked if asked.layer == layer else None
         if here and here.part == "mlp":
             written = here.among(written)
-        mlp = _through_mlp(model, layer, a, b, written, relevance)
+        mlp = _through_mlp(model, layer, part, written)
         middle = mlp if here else written + mlp
         W_O = model.writers.W_O[layer].flatten(0, 1)
         z = (middle @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
         if here and isinstance(here.part, int):
             z = torch.zeros_like(z)
             z[:, here.part] = here.among(middle) @ model.writers.W_O[layer, here.part].T
-        q, k, v = _through_attention(model, layer, a, b, z, last)
-        part = model.bridge.blocks[layer].ln1
-        norm = norm_secant(model, part, a.x, b.x, a.scale, b.scale, relevance)
-        layers.append(LayerReaders(norm, q, k, v, z, mlp, written))
+        q, k, v = _through_attention(model, part, z, last)
+        layers.append(LayerReaders(part.norm, q, k, v, z, mlp, written))
         W_Q, W_K, W_V = reading_weights(model, layer)
         shared = (x.unflatten(1, (model.n_kv_heads, -1)).sum(2) for x in (k, v))
         of_k, of_v = (_into_stream(x, W) for x, W in zip(shared, (W_K, W_V), strict=True))
-        written = norm.folded(_plus(of_k.add_(of_v), _into_stream(q, W_Q), last))
+        written = part.norm.folded(_plus(of_k.add_(of_v), _into_stream(q, W_Q), last))
         written = _plus(written, middle, last)
         if here and here.part == "stream":
             written = here.among(written)
-    return Readers(out, tuple(reversed(layers)), written)
+    return Readers(asked, out, tuple(reversed(layers)), written)
 
 
 def norm_secant(
@@ -143,69 +159,61 @@ def norm_secant(
     return replace(norm, pull=torch.zeros_like(norm.pull)) if held else norm
 
 
-def _through_mlp(
-    model: Model,
-    layer: int,
-    a: LayerRecord,
-    b: LayerRecord,
-    cotangent: Float[Tensor, "prompt dest d"],
-    relevance: bool,
-) -> Float[Tensor, "prompt dest d"]:
-    """The reader of an MLP, of what F hears of its output."""
-    block, (norm, secant) = model.bridge.blocks[layer], mlp_secants(model, layer, a, b, relevance)
-    y = secant.transpose(cotangent @ block.mlp.W_out.T)
-    mlp = block.mlp
-    y = y[0] @ mlp.W_gate.T + y[1] @ mlp.W_in.T if isinstance(y, tuple) else y @ mlp.W_in.T
-    return norm.transpose(y)
+def layer_secants(
+    model: Model, first: Record, second: Record, relevance: bool = False
+) -> tuple[LayerSecants, ...]:
+    """The secants of all layers; of a run with itself, derivatives.
 
-
-def mlp_secants(
-    model: Model, layer: int, a: LayerRecord, b: LayerRecord, relevance: bool = False
-) -> tuple[Norm, Pointwise | Gated]:
-    """The secants of the normalisation in front of an MLP, and of what it does between weights.
-
-    `relevance`: g(z)/z, and halves of products, are secants from where nothing is active.
+    `relevance`: of a run with itself, the coefficients of `Rule` instead. g(z)/z and the halves of
+    products are secants from where nothing is active.
     """
-    block = model.bridge.blocks[layer]
-    norm = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale, relevance)
-    if relevance:
-        b = b.silent()
+    found, groups = [], model.n_heads // model.n_kv_heads
+    for layer, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        block = model.bridge.blocks[layer]
+        norm = norm_secant(model, block.ln1, a.x, b.x, a.scale, b.scale, relevance)
+        k, other_k, v, other_v = (
+            x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (a.k, b.k, a.v, b.v)
+        )
+        mixing = Mixing.between(a.log_weights.exp(), b.log_weights.exp(), v, other_v)
+        softmax = Softmax.between(a.log_weights, b.log_weights)
+        score = Score.between(a.q, b.q, k, other_k, float(model.divisor[layer]))
+        middle = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale, relevance)
+        mlp = _mlp_secant(block, a, b.silent() if relevance else b)
+        found.append(LayerSecants(norm, mixing, softmax, score, middle, mlp))
+    return tuple(found)
+
+
+def _mlp_secant(block: Any, a: LayerRecord, b: LayerRecord) -> Pointwise | Gated:
+    """The secant of what an MLP does between its weights."""
     secant = Pointwise.between(nonlinearity(block), a.pre, b.pre, a.post, b.post)
     if a.up is None or b.up is None:
-        return norm, secant
-    return norm, Gated.between(secant, a.post, b.post, a.up, b.up)
+        return secant
+    return Gated.between(secant, a.post, b.post, a.up, b.up)
 
 
-def attention_secants(
-    model: Model, layer: int, a: LayerRecord, b: LayerRecord
-) -> tuple[Mixing, Softmax, Score]:
-    """The secants of what the heads of a layer do, keys and values repeated per query head."""
-    groups = model.n_heads // model.n_kv_heads
-    k, other_k, v, other_v = (
-        x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (a.k, b.k, a.v, b.v)
-    )
-    weights, other_weights = a.log_weights.exp(), b.log_weights.exp()
-    mixing = Mixing.between(weights, other_weights, v, other_v)
-    score = Score.between(a.q, b.q, k, other_k, float(model.divisor[layer]))
-    return mixing, Softmax.between(a.log_weights, b.log_weights), score
+def _through_mlp(
+    model: Model, layer: int, part: LayerSecants, cotangent: Float[Tensor, "prompt dest d"]
+) -> Float[Tensor, "prompt dest d"]:
+    """The reader of an MLP, of what F hears of its output."""
+    mlp = model.bridge.blocks[layer].mlp
+    y = part.mlp.transpose(cotangent @ mlp.W_out.T)
+    y = y[0] @ mlp.W_gate.T + y[1] @ mlp.W_in.T if isinstance(y, tuple) else y @ mlp.W_in.T
+    return part.middle.transpose(y)
 
 
 def _through_attention(
     model: Model,
-    layer: int,
-    a: LayerRecord,
-    b: LayerRecord,
+    part: LayerSecants,
     cotangent: Float[Tensor, "prompt head dest r"],
     last: Int[Tensor, "prompt"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of queries, keys and values of every query head, of those of what heads moved."""
-    mixing, softmax, score = attention_secants(model, layer, a, b)
-    of_weights, of_v = mixing.transpose(cotangent)
-    of_q, of_k = score.transpose(softmax.transpose(of_weights))
-    of_k, of_v = (y[:, :, a.start :] for y in (of_k, of_v))  # what is in front never changes
+    of_weights, of_v = part.mixing.transpose(cotangent)
+    of_q, of_k = part.score.transpose(part.softmax.transpose(of_weights))
+    of_k, of_v = (y[:, :, part.start :] for y in (of_k, of_v))  # what is in front never changes
     if model.rotary:
         of_q, of_k = (
-            unrotate(y, *angles_at(model, y.shape[2], a.start, last)) for y in (of_q, of_k)
+            unrotate(y, *angles_at(model, y.shape[2], part.start, last)) for y in (of_q, of_k)
         )
     return of_q, of_k, of_v
 

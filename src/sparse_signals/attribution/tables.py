@@ -115,12 +115,11 @@ def tables_of(
     runs: AlignedRuns, asked: Asked | None, settings: AnswerSettings
 ) -> dict[str, pd.DataFrame]:
     """The tables of `AnswerTrace`, prompts numbered from 0."""
-    found, node, whole = next(runs.readers()), None, runs.difference
+    found = next(runs.readers())
     if asked is not None:
-        node = node_of(runs, asked, found)
-        whole, found = change_of(runs, node), runs.readers_of(node)
-    edges = find_edges(runs, found, node, settings.least)
-    graph, explained = smallest_graph(runs, found, edges, node, settings.part)
+        found = runs.readers_of(node_of(runs, asked, found))
+    whole, edges = change_of(runs, found.node), find_edges(runs, found, settings.least)
+    graph, explained = smallest_graph(runs, found, edges, settings.part)
     count = torch.bincount(edges.prompt[graph], minlength=len(whole))
     first, second = runs.values
     prompts = {
@@ -128,7 +127,7 @@ def tables_of(
         "difference": whole, "flat": torch.bincount(edges.prompt, minlength=len(whole)) == 0,
         "edges": count, "explained": explained,
     }  # fmt: skip
-    ways, ends = find_paths(runs, found, node, settings.beam, settings.least / 10)
+    ways, ends = find_paths(runs, found, settings.beam, settings.least / 10)
     return {
         "prompts": pd.DataFrame({name: x.cpu().numpy() for name, x in prompts.items()}),
         "edges": _edge_table(runs, edges, graph, whole),
@@ -139,13 +138,13 @@ def tables_of(
 
 
 def smallest_graph(
-    runs: AlignedRuns, found: Readers, edges: TokenEdges, node: Node | None, part: float
+    runs: AlignedRuns, found: Readers, edges: TokenEdges, part: float
 ) -> tuple[Bool[Tensor, "edge"], Float[Tensor, "prompt"]]:
     """Which edges are in the smallest graph of each prompt that carries a part of ΔF, and how much.
 
     The strongest edges come first. Where no graph does, it is the one of all edges.
     """
-    whole = runs.difference if node is None else change_of(runs, node)
+    whole = change_of(runs, found.node)
     rank = ranks(edges.prompt, edges.strength)
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     explained, open_ = torch.full_like(whole, torch.nan), torch.ones_like(whole, dtype=torch.bool)
@@ -153,7 +152,7 @@ def smallest_graph(
     while largest and bool(open_.any()):
         last = size >= largest
         within = (rank < size) & open_[edges.prompt]
-        share = carried(runs, found, edges[within], node) / whole
+        share = carried(runs, found, edges[within]) / whole
         enough = open_ & (((share - 1).abs() <= 1 - part) | last)
         explained = torch.where(enough, share, explained)
         chosen |= within & enough[edges.prompt]
