@@ -22,6 +22,8 @@ from sparse_signals.charts.style import MIME, VEGA_LITE
 
 MAX_ROWS = 200
 MAX_TEXT = 60
+CITING = "book/how-to-run"
+LICENCE = "https://creativecommons.org/licenses/by/4.0/"
 HOW_TO_COMPUTE = "how-to-run.html#gpt-2-small"  # how an edition that is not stored is made
 
 
@@ -108,6 +110,27 @@ def finish_page(app: Any, page: str, template: str, context: dict[str, Any], doc
         if facts.get("model") != facts.get("opens_on"):
             context["title"] = f"{context['title']} ({facts['model']})"
     context["body"] = body
+    if "pathto" in context:
+        context["theme_extra_footer"] = footer(context["pathto"](CITING), repository(app))
+
+
+def footer(citing: str, address: str) -> str:
+    """Whose the page is and where its code is, for the foot of it."""
+    parts = [f'Prose and figures: <a href="{LICENCE}">CC BY 4.0</a>. Code: MIT.']
+    parts += [f'<a href="{escape(citing)}#citing-and-licences">How to cite</a>.']
+    parts += [f'<a href="{escape(address)}">Source of the book</a>.'] if address else []
+    return f"<p>{' '.join(parts)}</p>"
+
+
+def repository(app: Any) -> str:
+    """Where the code is: `repository: url` of the configuration, or nothing."""
+    return app.config.html_theme_options.get("repository_url") or ""
+
+
+def name_repository(app: Any, page: str, source: list[str]) -> None:
+    """Sphinx event: where a page says ADDRESS it means the repository, if that is known."""
+    if page == CITING and repository(app):
+        source[0] = source[0].replace("ADDRESS", repository(app))
 
 
 def describe(facts: dict[str, str]) -> str:
@@ -144,6 +167,7 @@ def plain_bars(
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx extension entry point."""
+    app.connect("source-read", name_repository)
     app.connect("html-page-context", finish_page)
     app.connect("autodoc-process-docstring", plain_bars)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
