@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -15,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import build_book
 import check
+import processors
 import refresh
 import vendor_assets
 
@@ -54,6 +56,40 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(notebook, capsys):
     assert refresh.main([notebook]) == 1
     assert notebook.read_bytes() == before
     assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cell_that_hangs_on_the_processor_is_found(tmp_path, monkeypatch, capsys):
+    cells = [
+        new_code_cell("import os\nprint('the same')", id="one"),
+        new_code_cell("os.environ.get('MKL_CBWR', 'fast')", id="two"),
+    ]
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    assert refresh.main([path]) == 0
+    monkeypatch.setattr(processors, "SETTINGS", {"own": {}, "MKL": {"MKL_CBWR": "COMPATIBLE"}})
+    capsys.readouterr()
+    assert processors.main([path]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"own +2 cells +0 differ", said) and re.search(r"MKL +2 cells +1 differ", said)
+    assert said.count("cell two") == 1 and "-'fast'" in said and "+'COMPATIBLE'" in said
+
+
+def test_outputs_of_every_kind_are_compared():
+    def cell(**output):
+        return {"id": "one", "cell_type": "code", "outputs": [output]}
+
+    def lines(old, new):
+        sides = [SimpleNamespace(cells=[side]) for side in (old, new)]
+        return [line for _, more in processors.differences(*sides) for line in more]
+
+    chart = cell(data={"application/vnd.vegalite.v6+json": {"mark": "bar", "data": [1, 2]}})
+    other = cell(data={"application/vnd.vegalite.v6+json": {"mark": "bar", "data": [1, 3]}})
+    assert lines(chart, chart) == []
+    assert {"-  2", "+  3"} < set(lines(chart, other))
+    printed = cell(name="stdout", text="0.1\n0.2")
+    assert lines(printed, cell(name="stdout", text="0.1\n0.3"))[-2:] == ["-0.2", "+0.3"]
+    assert lines(printed, cell(ename="ValueError", evalue="no"))[0] == "(error)"
 
 
 @pytest.fixture

@@ -65,4 +65,4 @@ def test_edges_weighed_by_the_answer_are_the_same_edges(monkeypatch):
     expected = edges["weight"] * score_gradients(model, batch).numpy()[at]
     assert edges["weight_heard"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-9)
     assert (edges["weight_heard"] < 0).any() and (edges["weight_heard"] > 0.1).any()
-    assert heard.firings["error"].max() < 1e-6
+    assert heard.firings["error"].max() < 1e-9

@@ -19,14 +19,17 @@ def compute_in_float64(bridge: Any) -> None:
     The code of transformers stays, with all its ways to scale the frequencies of a rotation; the
     frequencies are computed afresh.
     """
+    from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+
     rotary = bridge.rotary_emb.original_component
     with _Float64():
         exact = type(rotary)(rotary.config).to(rotary.inv_freq.device)
     exact.forward = _in_float64(exact.forward)
     bridge.rotary_emb.set_original_component(exact)
-    norms = [bridge.ln_final, *(norm for block in bridge.blocks for norm in (block.ln1, block.ln2))]
-    for norm in norms:
-        norm.original_component.forward = _in_float64(norm.original_component.forward)
+    for part in bridge.modules():
+        if isinstance(part, NormalizationBridge):
+            norm: Any = part.original_component
+            norm.forward = _in_float64(norm.forward)
     for block in bridge.blocks:
         block.attn._masked_softmax = _in_float64(block.attn._masked_softmax)
 
