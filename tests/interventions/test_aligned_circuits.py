@@ -78,10 +78,24 @@ def test_all_edges_are_the_model_and_none_the_counterfactual(kind, model, prompt
     assert gap(found.F[0], found.F[1]) > 1e-3
 
 
-def test_a_circuit_is_hooks_at_all_inputs(kind, model, prompts, tiny_directories):
+def of_inputs(edges):
+    """A third of inputs open to all, a third to none, a third to some."""
+    third = torch.tensor(edges.table().groupby(["input", "downstream"]).ngroup().to_numpy()) % 3
+    return (third == 0) | ((third == 1) & some(edges))
+
+
+CIRCUITS = {
+    "any edges": some,
+    "all below the last layer": lambda edges: (edges.layer < 2) | some(edges),
+    "whole inputs": of_inputs,
+}
+
+
+@pytest.mark.parametrize("chosen", CIRCUITS)
+def test_a_circuit_is_hooks_at_all_inputs(kind, model, prompts, tiny_directories, chosen):
     """Edges of the table, one by one, as gates of a model whose heads share nothing."""
     edges, groups = Edges.of(model), model.n_heads // model.n_kv_heads
-    circuit, size = some(edges), len(model.components) - 1
+    circuit, size = CIRCUITS[chosen](edges), len(model.components) - 1
     heads = (1, model.n_layers, model.n_heads, size)
     shapes = dict.fromkeys("qkv", heads) | {"mlp": (1, model.n_layers, size), "out": (1, size)}
     values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -102,7 +116,13 @@ def test_a_circuit_is_hooks_at_all_inputs(kind, model, prompts, tiny_directories
     found = run_edges(prompts, circuit[None]).F[0]
     assert gap(found, hooked(plain, prompts.batch, gates)) < TOLERANCE
     ends = run_edges(prompts, torch.tensor([[True], [False]]).expand(2, len(edges))).F
-    assert all(gap(found, end) > 1e-3 for end in ends)
+    assert all(gap(found, end) > 1e-4 for end in ends)
+
+
+def test_layers_of_edges_are_those_of_the_table(model):
+    edges = Edges.of(model)
+    layer = edges.table()["layer"].replace(-1, model.n_layers)
+    assert edges.layer.tolist() == layer.tolist()
 
 
 def test_chunks_of_prompts_change_nothing(tiny_llama, pair, monkeypatch):

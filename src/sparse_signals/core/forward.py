@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_signals.core.model import Model, logits, once_per_model, qk_weights
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.rotary import rotate, rotation
-from sparse_signals.core.run import Run
+from sparse_signals.core.run import KEPT, Run
 
 PIECES = 6  # layers whose gaps lie in arrays of their own: each costs a product, joining a copy
 
@@ -220,6 +220,12 @@ class Pass:
     scales: Scales
     final: Float[Tensor, "prompt d"]
 
+    @property
+    def layers(self) -> list[tuple[Tensor, ...]]:
+        """What every layer computed: all parts of the run, and both of its scales."""
+        parts = [getattr(self.run, name) for name in KEPT]
+        return list(zip(*parts, self.scales.mlp, strict=True))
+
     @cached_property
     def logits(self) -> Float[Tensor, "prompt vocab"]:
         """The logits of all tokens after the last one."""
@@ -261,13 +267,28 @@ class _Stream:
         self.x = self.x + parts.sum(2)
 
     def mixed(self, *gates: Float[Tensor, "row _ component"]) -> Tensor:
-        """What inputs read: the old stream, and as much of every gap as the gates let through."""
+        """What inputs read: the old stream, and as much of every gap as the gates let through.
+
+        What is open to all reads the new stream, and what is open to none the old one.
+        """
+        every = torch.cat([gate[..., : self.done] for gate in gates], dim=1)
+        if every.requires_grad:
+            return self._through(every)
+        opened, closed = ((every == x).all(-1).all(0) for x in (1, 0))
+        found = torch.where(opened[:, None], self.x.unsqueeze(2), self.old.unsqueeze(2))
+        partly = (~(opened | closed)).nonzero().flatten()
+        if len(partly):
+            found[:, :, partly] = self._through(every[:, partly])
+        return found
+
+    def _through(self, gates: Float[Tensor, "row input component"]) -> Tensor:
         assert self.gates is not None
-        self.gaps.append(torch.cat(self.new, dim=2))
-        self.new = []
+        if self.new:
+            self.gaps.append(torch.cat(self.new, dim=2))
+            self.new = []
         if len(self.gaps) > PIECES:
             self.gaps = [torch.cat(self.gaps, dim=2)]
-        rows = torch.cat([gate[..., : self.done] for gate in gates], dim=1)[self.gates.row]
+        rows = gates[self.gates.row]
         shape = (*rows.shape[:3], self.x.shape[-1])
         mixed = self.old.unsqueeze(2).expand(shape).flatten(0, 1)
         shares = rows.flatten(0, 1).split([gap.shape[2] for gap in self.gaps], dim=-1)
@@ -287,6 +308,7 @@ def forward(
     like: Scales | None = None,
     gates: Gates | None = None,
     front: Run | None = None,
+    known: tuple[Pass, int] | None = None,
 ) -> Pass:
     """Run the model while something is taken from what components write, or inputs are gated.
 
@@ -294,14 +316,20 @@ def forward(
     through gates, it alone reads: the stream goes on as the sum of what is written. The run has
     the scales of that stream. Differentiable with respect to gates.
     `front`: a run of the tokens in front of those of the batch, from the first one on; heads look
-    at them too.
+    at them too. `known`: a pass that is the same below a layer, from which this one goes on.
     """
     start = 0 if front is None else front.tokens.shape[1]
-    first = embedded(model, batch.tokens.to(model.device), start)
+    heads, out, kept, done = "pthd" if gates else "ptd", model.writers, [], 0
+    if known is None:
+        first = embedded(model, batch.tokens.to(model.device), start)
+    else:
+        before, done = known
+        first = before.run.outputs[:, :, : model.components_below(done)]
+        kept = before.layers[:done]
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
-    heads, out, kept = "pthd" if gates else "ptd", model.writers, []
-    for layer, block in enumerate(model.bridge.blocks):
+    for layer in range(done, model.n_layers):
+        block = model.bridge.blocks[layer]
         scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
         inputs = _inputs(model, stream, layer, scale, like is None)
         q, k, v = (project(model, layer, name, *inputs[name], start) for name in "qkv")

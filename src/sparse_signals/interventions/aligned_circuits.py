@@ -93,6 +93,15 @@ class Edges:
         shapes |= dict.fromkeys("kv", (model.n_layers, model.n_kv_heads, size))
         return shapes | {"mlp": (model.n_layers, size), "out": (size,)}
 
+    @cached_property
+    def layer(self) -> Int[Tensor, "edge"]:
+        """The layer that each edge leads into, for the read-out one after the last."""
+        n, parts = self.model.n_layers, []
+        for name, shape in self.shapes.items():
+            at = torch.tensor([n]) if name == "out" else torch.arange(n)
+            parts.append(at.repeat_interleave(torch.Size(shape).numel() // len(at)))
+        return torch.cat(parts)[self.place]
+
     def flat(self, values: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "edge"]:
         """Values of all edges in their order, from arrays of those into q, k, v, mlp and out.
 
@@ -164,9 +173,12 @@ def run_edges(prompts: AlignedPrompts, circuits: Bool[Tensor, "circuit edge"]) -
     An input of a circuit reads Σ_c x_c over its edges and Σ_c x′_c over all others: x_c is what c
     writes in this very run, x′_c what it wrote at this token of the counterfactual. All edges give
     the run of the prompts, none that of the counterfactuals. Each costs about three forward passes
-    of the tokens from the first on that differs; so prompts are best sorted by where that is.
+    of the tokens from the first on that differs, less the layers that no edge is closed into before
+    any other one; so prompts are best sorted by where that token is.
     """
     model, edges, pieces = prompts.model, Edges.of(prompts.model), []
+    closed = edges.layer.masked_fill(circuits.cpu(), model.n_layers)
+    same = closed.amin(1).tolist()  # layers below that are those of the model
     for rows in fitting_rows(model, prompts.batch, CIRCUIT_BYTES):
         batch, other = prompts.batch.rows(rows), prompts.counterfactual.rows(rows)
         start, stop = first_change(batch, other), int(batch.last.max()) + 1
@@ -175,8 +187,10 @@ def run_edges(prompts: AlignedPrompts, circuits: Bool[Tensor, "circuit edge"]) -
         reference = forward(model, other, front=front).run.outputs.flatten(0, 1)
         place = torch.arange(len(reference), device=model.device).view(other.tokens.shape)
         row, asked = torch.zeros_like(place), prompts.objective.rows(rows)
-        every = (Gates(row, reference, place, **edges.gates(circuit)) for circuit in circuits)
-        found = (forward(model, batch, gates=gates, front=front) for gates in every)
+        opened, found = forward(model, batch, front=front), []
+        for circuit, known in zip(circuits, same, strict=True):
+            gates = Gates(row, reference, place, **edges.gates(circuit))
+            found.append(forward(model, batch, gates=gates, front=front, known=(opened, known)))
         pieces.append(_answers(asked, found))
     return _joined_prompts(pieces)
 
