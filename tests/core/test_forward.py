@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from hooked import hooked, ungrouped
+from random_models import NEOX, save_random_model
 from sparse_signals.core.forward import Gates, forward, logit_difference
-from sparse_signals.core.model import logits, wrap_model
+from sparse_signals.core.model import load_model, logits, wrap_model
 from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import run
 
-KINDS = ("gpt2", "llama", "qwen2")
+KINDS = ("gpt2", "llama", "qwen2", "gpt_neox")
 # In float64 rotary models still take softmax and some normalisations in float32.
-TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6}
+TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "gpt_neox": 3e-6}
 INPUTS = ("q", "k", "v", "mlp", "out")
 
 
@@ -73,6 +74,16 @@ def test_without_changes_it_is_the_model(kind, model, batch):
     assert gap(found.difference, logit_difference(model, batch)) < TOLERANCE[kind]
     every = logits(model, batch.tokens, batch.last)
     assert gap(found.logits, every) < TOLERANCE[kind]
+
+
+def test_blocks_of_neox_may_be_sequential(tmp_path, batch):
+    """Then an MLP reads what the heads of its layer write."""
+    path = save_random_model(tmp_path / "in-turn", "gpt_neox", **NEOX, use_parallel_residual=False)
+    model = load_model(path, "cpu", torch.float64)
+    with torch.no_grad():
+        found = forward(model, batch)
+    assert gap(found.logits, logits(model, batch.tokens, batch.last)) < 1e-6
+    assert not model.parallel
 
 
 @pytest.mark.parametrize("names", [*((name,) for name in INPUTS), INPUTS], ids="-".join)

@@ -17,7 +17,7 @@ from sparse_signals.heads.scores import (
 from sparse_signals.heads.svd import qk_forms
 
 
-@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_gpt_neox"])
 def test_scores_rebuilt_from_cached_queries_and_keys(kind, request, batch):
     model = request.getfixturevalue(kind)
     cached = activations(model, batch.tokens, ("scores",))["scores"]
@@ -38,7 +38,7 @@ def test_bilinear_form_gives_the_scores_of_the_model(tiny_gpt2, batch):
             torch.testing.assert_close(ours, rebuilt[layer, :, head], atol=1e-10, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_qwen2", "tiny_gpt_neox"])
 def test_first_token_of_a_rotary_model_is_not_rotated(kind, request, batch):
     model = request.getfixturevalue(kind)
     x = activations(model, batch.tokens, ("normalized",))["normalized"][1][:, :1]

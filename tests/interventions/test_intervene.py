@@ -23,15 +23,15 @@ from sparse_signals.interventions.edge_signals import (
 from sparse_signals.interventions.intervene import intervene_on
 from traced import ioi_case, random_case
 
-KINDS = ("gpt2", "llama", "qwen2", "ioi")
+KINDS = ("gpt2", "llama", "qwen2", "gpt_neox", "ioi")
 # In float64 rotary models still take angles, softmax and the last normalisation in float32.
-TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "ioi": 1e-9}
+TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "gpt_neox": 3e-6, "ioi": 1e-9}
 SIGN = {"ablate": -1, "boost": 1}
 
 
 @pytest.fixture(scope="module")
-def cases(tiny_gpt2, tiny_llama, tiny_qwen2, tokens, mask):
-    tiny = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen2": tiny_qwen2}
+def cases(request, tokens, mask):
+    tiny = {name: request.getfixturevalue(f"tiny_{name}") for name in KINDS[:-1]}
     return {name: random_case(model, tokens, mask) for name, model in tiny.items()} | {
         "ioi": ioi_case()
     }
@@ -241,7 +241,7 @@ def test_ablating_and_boosting_are_opposite(case):
     local = ablated.loc["local", "score_change"] + boosted.loc["local", "score_change"]
     assert local.abs().max() < 1e-9
     written = signals.written.double()
-    if case.traced.model.name in ("tiny-gpt2", "gpt2-ioi"):
+    if not case.traced.model.rms:
         written = written - written.mean(-1, keepdim=True)
     size = pd.Series(written.norm(dim=-1).numpy())[ablated.loc["global"].index]
     squares = ablated.loc["global", "norm_ratio"] ** 2 + boosted.loc["global", "norm_ratio"] ** 2

@@ -14,6 +14,7 @@ SIZES = {
     "eos_token_id": 0,
 }
 ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
+NEOX = {**SIZES, "intermediate_size": 48, "rotary_pct": 0.5}
 
 
 def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:
@@ -27,7 +28,7 @@ def save_random_model(directory: Path, kind: str, seed: int = 0, **config: objec
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "attn" in name:
+            elif "attn" in name or "attention" in name:
                 parameter.mul_(5)  # attention that is far from uniform
     model.save_pretrained(directory)
     return directory

@@ -80,12 +80,13 @@ def plain_pass(model, tokens):
             A = scores.masked_fill(~past, -torch.inf).softmax(-1)
             kept["head", layer, h] = q, k, y["V"], A
             mid = mid + A @ y["V"] @ attn.W_O[h]
-        n, mlp = norm(model, block.ln2, mid), block.mlp
+        read, mlp = x if model.parallel else mid, block.mlp
+        n = norm(model, block.ln2, read)
         first = n @ mlp.W_in + (0 if mlp.b_in is None else mlp.b_in)
         pre, up = first, torch.ones_like(first)
         if mlp.W_gate is not None:
             pre, up = n @ mlp.W_gate + (0 if mlp.b_gate is None else mlp.b_gate), first
-        kept["mlp", layer] = mid, pre, up
+        kept["mlp", layer] = read, pre, up
         out = (activation(block)(pre) * up) @ mlp.W_out
         x = mid + out + (0 if mlp.b_out is None else mlp.b_out)
     kept["end"] = x
@@ -123,8 +124,8 @@ def linear_pass(model, runs, gates, direction):
     nothing = torch.zeros_like(a["embedding"])
     wrote = [a["embedding"] - b["embedding"], *([] if model.rotary else [nothing])]
 
-    def read(gate):
-        return sum(g[:, None] * x for g, x in zip(gate.T, wrote, strict=False))
+    def read(gate, components=None):
+        return sum(g[:, None] * x for g, x in zip(gate.T, wrote[:components], strict=False))
 
     for layer, block in enumerate(bridge.blocks):
         heads = []
@@ -140,8 +141,11 @@ def linear_pass(model, runs, gates, direction):
             dA = softmax_change(A, A2, ds)
             heads.append(((A + A2) / 2 @ y["V"] + dA @ (v + v2) / 2) @ block.attn.W_O[h])
         wrote += [*heads, nothing]
-        (mid, pre, up), (mid2, pre2, up2) = a["mlp", layer], b["mlp", layer]
-        n = norm_change(model, block.ln2, mid, mid2, read(gates["mlp"][:, layer]))
+        (x, pre, up), (x2, pre2, up2) = a["mlp", layer], b["mlp", layer]
+        change = read(
+            gates["mlp"][:, layer], model.components_below(layer) if model.parallel else None
+        )
+        n = norm_change(model, block.ln2, x, x2, change)
         g, mlp = activation(block), block.mlp
         first = n @ mlp.W_in
         slope = mean_slope(g, pre, pre2)

@@ -20,7 +20,7 @@ from sparse_signals.tracing.contributions import (
     receiving,
 )
 
-KINDS = ["gpt2", "llama", "qwen2"]
+KINDS = ["gpt2", "llama", "qwen2", "gpt_neox"]
 LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
 
 

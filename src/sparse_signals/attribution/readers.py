@@ -104,9 +104,11 @@ def readers(
         if here and here.part == "mlp":
             written = here.among(written)
         mlp = _through_mlp(model, layer, a, b, written)
-        middle = mlp if here else written + mlp
+        beside = torch.zeros_like(written) if here else written  # what goes past the MLP
+        middle = beside + mlp
+        heard = beside if model.parallel else middle
         W_O = model.writers.W_O[layer].flatten(0, 1)
-        z = (middle @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+        z = (heard @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
         if here and isinstance(here.part, int):
             z = torch.zeros_like(z)
             z[:, here.part] = here.among(middle) @ model.writers.W_O[layer, here.part].T

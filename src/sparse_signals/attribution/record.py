@@ -24,7 +24,8 @@ from sparse_signals.core.rotary import rotate
 class LayerRecord:
     """What one layer computed. `dest` are all tokens, or the last one alone in the last layer.
 
-    x, scale: the stream before attention, and what it is divided by; mid, mid_scale before the MLP.
+    x, scale: the stream before attention, and what it is divided by; mid, mid_scale: what the MLP
+    reads, after attention or, in parallel blocks, before it.
     q, k: rotated, if rotary; k, v are one for each group of heads that share them, v without bias,
     both first of the tokens in front, if there are any. log_weights: ln of attention, −∞ for later
     sources. z: what heads moved. pre, post: the MLP before and after its nonlinearity; up: what
@@ -112,12 +113,13 @@ def record(
         weights = log_weights.exp().unflatten(1, (model.n_kv_heads, -1))
         z = (weights @ v.unsqueeze(2)).flatten(1, 2)
         W_O = model.writers.W_O[layer].flatten(0, 1)
-        mid = dest[0] + z.transpose(1, 2).flatten(2) @ W_O + model.writers.bias[layer]
+        after = dest[0] + z.transpose(1, 2).flatten(2) @ W_O + model.writers.bias[layer]
+        mid = dest[0] if model.parallel else after
         mid_scale = norm_scale(model, mid)
         pre, post, up, mlp = _mlp(block, normalise(model, block.ln2, mid, mid_scale))
         parts = (x, scale, q, k, v, log_weights, z, mid, mid_scale, pre, post, up, mlp)
         layers.append(LayerRecord(*parts))
-        x = mid + mlp
+        x = after + mlp
     x = x.squeeze(1)
     return Record(embedding, tuple(layers), x, norm_scale(model, x))
 

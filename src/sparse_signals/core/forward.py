@@ -264,8 +264,9 @@ class _Stream:
     def mixed(self, *gates: Float[Tensor, "row _ component"]) -> Tensor:
         """What inputs read: the old stream, and as much of every gap as the gates let through."""
         assert self.gates is not None
-        self.gaps.append(torch.cat(self.new, dim=2))
-        self.new = []
+        if self.new:
+            self.gaps.append(torch.cat(self.new, dim=2))
+            self.new = []
         if len(self.gaps) > PIECES:
             self.gaps = [torch.cat(self.gaps, dim=2)]
         rows = torch.cat([gate[..., : self.done] for gate in gates], dim=1)[self.gates.row]
@@ -302,7 +303,7 @@ def forward(
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
     heads, out, kept = "pthd" if gates else "ptd", model.writers, []
-    for layer, block in enumerate(model.bridge.blocks):
+    for layer in range(model.n_layers):
         scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
         inputs = _inputs(model, stream, layer, scale, like is None)
         q, k, v = (project(model, layer, name, *inputs[name], start) for name in "qkv")
@@ -312,14 +313,11 @@ def forward(
             values = torch.cat([front.v[layer], v], dim=2)
         pattern = attend(model, layer, q, keys)
         z = pattern @ values
+        beside = _mlp_output(model, stream, layer, like) if model.parallel else None
         moved = torch.einsum(f"phtr,hrd->{heads}", z, out.W_O[layer])
         stream.write(moved if gates else moved.unsqueeze(2), model.n_heads)
         stream.write(out.bias[layer].expand_as(stream.x).unsqueeze(2), 1)
-        x = stream.x
-        if gates and gates.mlp is not None:
-            x = stream.mixed(gates.mlp[:, layer, None]).squeeze(2)
-        mlp_scale = norm_scale(model, x) if like is None else like.mlp[layer]
-        mlp = block.mlp(normalise(model, block.ln2, x, mlp_scale))
+        mlp, mlp_scale = beside or _mlp_output(model, stream, layer, like)
         stream.write(mlp.unsqueeze(2), 1)
         kept.append((q, k, v, z, pattern, mlp, scale, mlp_scale))
     x = stream.x
@@ -348,3 +346,14 @@ def _inputs(
         parts = zip(*(x.split(sizes, dim=2) for x in (mixed, scales)), strict=True)
         inputs |= dict(zip(given, parts, strict=True))
     return inputs
+
+
+def _mlp_output(
+    model: Model, stream: _Stream, layer: int, like: Scales | None
+) -> tuple[Float[Tensor, "prompt pos d"], Float[Tensor, "prompt pos"]]:
+    """What the MLP of a layer writes, and what the normalisation in front of it divides by."""
+    x, gates, block = stream.x, stream.gates, model.bridge.blocks[layer]
+    if gates and gates.mlp is not None:
+        x = stream.mixed(gates.mlp[:, layer, None]).squeeze(2)
+    scale = norm_scale(model, x) if like is None else like.mlp[layer]
+    return block.mlp(normalise(model, block.ln2, x, scale)), scale

@@ -96,6 +96,11 @@ class Model:
         """Whether normalisations divide only (RMSNorm), or centre first (LayerNorm)."""
         return self.bridge.ln_final.uses_rms_norm
 
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP of a layer reads what its heads read, not what they write."""
+        return self.bridge.cfg.parallel_attn_mlp
+
     @cached_property
     def divisor(self) -> Float[Tensor, "layer"]:
         """What q·k is divided by to give the score: √r, times layer + 1 where the model says so."""
@@ -261,6 +266,8 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
         if hf_model.dtype == torch.float64:  # transformers' RMSNorm would drop to float32
             block.ln1.use_native_layernorm_autograd = False
             block.ln2.use_native_layernorm_autograd = False
+        if config.model_type == "gpt_neox":
+            _hook_rotation(block.attn)
     n_heads = config.num_attention_heads
     return Model(
         name=name,
@@ -275,6 +282,17 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
         n_ctx=_window(config),
         rotary=config.model_type != "gpt2",
     )
+
+
+def _hook_rotation(attn: Any) -> None:
+    """Call the hooks of turned queries and keys, which attention with fused weights leaves out."""
+    turn = attn._apply_rotary_pos_emb
+
+    def hooked(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = turn(*inputs)
+        return attn.hook_rot_q(q), attn.hook_rot_k(k)
+
+    attn._apply_rotary_pos_emb = hooked
 
 
 def activations(

@@ -48,6 +48,11 @@ class Clean:
     k: Float[Tensor, "layer prompt head pos r"]
     v: Float[Tensor, "layer prompt head pos r"]
 
+    @property
+    def in_mlp(self) -> Float[Tensor, "layer prompt pos d"]:
+        """The residual stream that the MLP of each layer reads."""
+        return self.pre if self.model.parallel else self.mid
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -122,9 +127,9 @@ def clean_run(model: Model, batch: Batch, rows: slice | None = None) -> Clean:
     answers, end = part.answers("an intervention").to(model.device), part.last.to(model.device)
     kept = activations(model, part.tokens, ("resid_pre", "attn_out", "q", "k", "v"))
     pre, mid = kept["resid_pre"], kept["resid_pre"] + kept["attn_out"]
-    last = mid[-1, torch.arange(len(end), device=end.device), end]
-    block = model.bridge.blocks[-1]
-    final = last + block.mlp(normalise(model, block.ln2, last[:, None]))[:, 0]
+    at_end = -1, torch.arange(len(end), device=end.device), end
+    block, read = model.bridge.blocks[-1], (pre if model.parallel else mid)[at_end]
+    final = mid[at_end] + block.mlp(normalise(model, block.ln2, read[:, None]))[:, 0]
     return Clean(model, rows.start, end, answers, pre, mid, final, *(kept[name] for name in "qkv"))
 
 

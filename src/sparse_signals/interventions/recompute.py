@@ -306,17 +306,19 @@ def _run_groups(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "row d"]:
     for layer in range(groups[0].layer, groups[0].clean.model.n_layers):
         attending = [group for group in groups if group.attends(layer)]
         xs += [group.start() for group in attending[len(xs) :]]
-        xs = _attend(attending, xs, layer, freeze)
+        xs, before = _attend(attending, xs, layer, freeze)
         moving = [group for group in groups if group.layer <= layer]
         xs += [group.start() for group in moving[len(xs) :]]
-        xs = _move(moving, xs, layer, freeze)
+        xs = _move(moving, xs, before, layer, freeze)
     return torch.cat([x[:, -1] for x in xs])
 
 
-def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
-    """x of every group after the attention of a layer."""
+def _attend(
+    groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool
+) -> tuple[list[Stream], list[Stream]]:
+    """x of every group after the attention of a layer, and before it, at the tokens asked for."""
     if not groups:
-        return []
+        return [], []
     model, pre = groups[0].clean.model, groups[0].clean.pre[layer]
     layers, norm = attention_layers(model), model.bridge.blocks[layer].ln1
     xs = [g.add_stream(x, layer, PRE, slice(0, g.length)) for g, x in zip_(groups, xs)]
@@ -325,16 +327,24 @@ def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) 
     qkv = _by_token(lambda x, *old: _normalised(model, norm, x, *old) @ W + b, xs, old)
     z = [group.attend(inputs, layer) for group, inputs in zip_(groups, qkv)]
     out = _by_token(lambda z: z @ layers.W_out[layer] + layers.b_out[layer], z)
-    return [g.at_asked(x, layer) + more for g, x, more in zip_(groups, xs, out)]
+    before = [g.at_asked(x, layer) for g, x in zip_(groups, xs)]
+    return [x + more for x, more in zip_(before, out)], before
 
 
-def _move(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
-    """x of every group after the MLP of a layer."""
-    model, mid = groups[0].clean.model, groups[0].clean.mid[layer]
+def _move(
+    groups: Sequence[Rows], xs: list[Stream], before: list[Stream], layer: int, freeze: bool
+) -> list[Stream]:
+    """x of every group after the MLP of a layer, from x after and before its attention."""
+    model, clean = groups[0].clean.model, groups[0].clean.in_mlp[layer]
     block = model.bridge.blocks[layer]
     xs = [g.add_stream(x, layer, MID, g.asked(layer)) for g, x in zip_(groups, xs)]
-    old = [g.clean_at(mid, g.asked(layer)) for g in groups] if freeze else []
-    return _by_token(lambda x, *old: x + block.mlp(_normalised(model, block.ln2, x, *old)), xs, old)
+    old = [g.clean_at(clean, g.asked(layer)) for g in groups] if freeze else []
+    if model.parallel:
+        read = before + [g.clean_at(clean, g.asked(layer)) for g in groups[len(before) :]]
+    else:
+        read = xs
+    out = _by_token(lambda x, *old: block.mlp(_normalised(model, block.ln2, x, *old)), read, old)
+    return [x + more for x, more in zip_(xs, out)]
 
 
 def _by_token(
