@@ -37,6 +37,7 @@ def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         "gpt2": save_random_model(root / "tiny-gpt2", "gpt2", **SIZES),
         "llama": save_random_model(root / "tiny-llama", "llama", **ROTARY),
         "qwen2": save_random_model(root / "tiny-qwen2", "qwen2", **ROTARY),
+        "qwen3": save_random_model(root / "tiny-qwen3", "qwen3", **ROTARY, head_dim=8),
         "gpt_neox": save_random_model(root / "tiny-gpt_neox", "gpt_neox", **NEOX),
     }
 
@@ -65,6 +66,12 @@ def tiny_llama(tiny_directories: dict[str, Path]) -> "Model":
 def tiny_qwen2(tiny_directories: dict[str, Path]) -> "Model":
     """As tiny_llama, with query and key biases."""
     return float64(tiny_directories["qwen2"])
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tiny_directories: dict[str, Path]) -> "Model":
+    """As tiny_llama, with queries and keys that are normalised inside heads."""
+    return float64(tiny_directories["qwen3"])
 
 
 @pytest.fixture(scope="session")

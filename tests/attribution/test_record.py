@@ -13,10 +13,10 @@ from sparse_signals.core.model import activations, load_model
 from sparse_signals.core.run import run
 
 # Rotary models take softmax and some normalisations in float32.
-TOLERANCE = {"gpt2": 1e-12, "llama": 1e-6, "qwen2": 1e-6, "gpt_neox": 1e-6}
+TOLERANCE = {"gpt2": 1e-12, "llama": 1e-6, "qwen2": 1e-6, "qwen3": 1e-6, "gpt_neox": 1e-6}
 
 
-@pytest.fixture(params=("gpt2", "llama", "qwen2", "gpt_neox"))
+@pytest.fixture(params=("gpt2", "llama", "qwen2", "qwen3", "gpt_neox"))
 def kind(request):
     return request.param
 

@@ -22,9 +22,9 @@ from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import PromptError, encode, ioi_prompts
 from sparse_signals.core.run import run
 
-KINDS = ("gpt2", "llama", "qwen2", "gpt_neox")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 # The passes of the book and of the bridge take softmax in float32 there.
-TOLERANCE = {"gpt2": 1e-9, "llama": 1e-5, "qwen2": 1e-5, "gpt_neox": 1e-5}
+TOLERANCE = {"gpt2": 1e-9, "llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gpt_neox": 1e-5}
 INPUTS = ("q", "k", "v", "mlp", "out")
 
 

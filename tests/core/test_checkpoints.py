@@ -64,7 +64,8 @@ def test_broken_configurations_are_refused(checkpoint):
         ("mamba", "no attention"),
         ("bloom", "added to the scores"),
         ("t5", "added to the scores"),
-        ("qwen3", "normalises queries"),
+        ("gemma2", "the sum of what the heads of a layer write, and caps scores and logits"),
+        ("gemma3_text", "the sum of what the heads of a layer write"),
         ("unheard-of", "not been checked"),
     ],
 )

@@ -6,16 +6,17 @@ import pandas as pd
 import pytest
 import torch
 
+from full_pass import norms_in_heads
 from hooked import hooked, ungrouped
 from random_models import NEOX, save_random_model
 from sparse_signals.core.forward import Gates, forward, logit_difference
 from sparse_signals.core.model import load_model, logits, wrap_model
 from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.run import run
+from sparse_signals.core.run import KEPT, run
 
-KINDS = ("gpt2", "llama", "qwen2", "gpt_neox")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 # In float64 rotary models still take softmax and some normalisations in float32.
-TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "gpt_neox": 3e-6}
+TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "qwen3": 3e-6, "gpt_neox": 3e-6}
 INPUTS = ("q", "k", "v", "mlp", "out")
 
 
@@ -69,7 +70,7 @@ def test_without_changes_it_is_the_model(kind, model, batch):
     with torch.no_grad():
         found = forward(model, batch)
     expected = run(model, batch)
-    for name in ("q", "k", "v", "z", "pattern", "mlp", "scale", "outputs"):
+    for name in (*KEPT, "outputs"):
         assert gap(getattr(found.run, name), getattr(expected, name)) < TOLERANCE[kind], name
     assert gap(found.difference, logit_difference(model, batch)) < TOLERANCE[kind]
     every = logits(model, batch.tokens, batch.last)
@@ -201,7 +202,7 @@ def test_what_is_removed_is_a_hook_on_the_output(kind, model, batch, component, 
 def frozen(model, batch):
     """Hooks that divide by what normalisations divide by without changes."""
     norms = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln1", "ln2")]
-    names = [f"{name}.hook_scale" for name in [*norms, "ln_final"]]
+    names = [f"{name}.hook_scale" for name in [*norms, *norms_in_heads(model), "ln_final"]]
     with torch.no_grad():
         kept = model.bridge.run_with_cache(batch.tokens, names_filter=lambda x: x in names)[1]
     return [(name, lambda x, hook, scale=kept[name]: scale) for name in names]

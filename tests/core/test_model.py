@@ -15,7 +15,7 @@ from sparse_signals.core.checkpoints import ModelError
 from sparse_signals.core.model import HOOKS, Model, activations, load_model, logits, qk_weights
 from sparse_signals.core.rotary import rotate, rotation
 
-KINDS = ("gpt2", "llama", "qwen2", "gpt_neox")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 STRETCHED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
 ROPES = (
     {"rope_type": "default", "rope_theta": 100.0},
@@ -115,6 +115,7 @@ def test_query_and_key_biases_are_read(tiny_qwen2, tiny_gpt2):
         ("mistral", {**ROTARY, "sliding_window": 16}),
         ("gpt_neox", {**NEOX, "use_parallel_residual": False, "layer_norm_eps": 0.1}),
         ("gpt_neox", {**NEOX, "rotary_pct": 1.0}),
+        ("qwen3", {**ROTARY, "head_dim": 12, "attention_bias": True, "rms_norm_eps": 0.1}),
         *(("llama", {**ROTARY, "rope_parameters": rope}) for rope in ROPES),
     ],
 )

@@ -23,9 +23,16 @@ from sparse_signals.interventions.edge_signals import (
 from sparse_signals.interventions.intervene import intervene_on
 from traced import ioi_case, random_case
 
-KINDS = ("gpt2", "llama", "qwen2", "gpt_neox", "ioi")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox", "ioi")
 # In float64 rotary models still take angles, softmax and the last normalisation in float32.
-TOLERANCE = {"gpt2": 1e-9, "llama": 3e-6, "qwen2": 3e-6, "gpt_neox": 3e-6, "ioi": 1e-9}
+TOLERANCE = {
+    "gpt2": 1e-9,
+    "llama": 3e-6,
+    "qwen2": 3e-6,
+    "qwen3": 3e-6,
+    "gpt_neox": 3e-6,
+    "ioi": 1e-9,
+}
 SIGN = {"ablate": -1, "boost": 1}
 
 
@@ -67,6 +74,11 @@ def image(case, edge, x):
     x = x.double() - (x.double().mean() if w.centred else 0)
     W = (w.W_Q if edge.side == "dest" else w.W_K)[edge.layer, edge.head]
     y = (x * w.gain[edge.layer]) @ W
+    if gains := case.traced.model.head_gains:
+        name, scales = {"dest": ("q", case.clean.q_scale), "src": ("k", case.clean.k_scale)}[
+            edge.side
+        ]
+        y = y * gains[name][edge.layer] / scales[edge.layer, edge.prompt, edge.head, edge.token]
     if case.traced.model.rotary:
         cos, sin = rotation(case.traced.model, torch.tensor([edge.token]))
         y = rotate(y[None], cos, sin)[0]

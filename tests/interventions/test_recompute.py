@@ -13,9 +13,15 @@ from sparse_signals.interventions import recompute as suffix
 from sparse_signals.interventions.changes import MID, PRE, K, Probes, Q, V, clean_run
 from sparse_signals.interventions.recompute import recompute
 
-KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_gpt_neox")
+KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox")
 # In float64 rotary models still take angles, softmax and the last normalisation in float32.
-TOLERANCE = {"tiny_gpt2": 1e-9, "tiny_llama": 3e-6, "tiny_qwen2": 3e-6, "tiny_gpt_neox": 3e-5}
+TOLERANCE = {
+    "tiny_gpt2": 1e-9,
+    "tiny_llama": 3e-6,
+    "tiny_qwen2": 3e-6,
+    "tiny_qwen3": 3e-6,
+    "tiny_gpt_neox": 3e-5,
+}
 STREAM = (PRE, MID)
 
 

@@ -8,9 +8,15 @@ from sparse_signals.core.prompts import Batch
 from sparse_signals.interventions.faithfulness import switchable
 from sparse_signals.tracing.contributions import SIDES
 
-KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_gpt_neox")
+KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox")
 # In float64 rotary models still take softmax and the last normalisation in float32.
-TOLERANCE = {"tiny_gpt2": 1e-9, "tiny_llama": 3e-6, "tiny_qwen2": 3e-6, "tiny_gpt_neox": 3e-6}
+TOLERANCE = {
+    "tiny_gpt2": 1e-9,
+    "tiny_llama": 3e-6,
+    "tiny_qwen2": 3e-6,
+    "tiny_qwen3": 3e-6,
+    "tiny_gpt_neox": 3e-6,
+}
 LENGTH = 9
 
 

@@ -55,6 +55,17 @@ def turned(model, y):
     return rotate(y, *rotation(model, torch.arange(len(y))))
 
 
+def in_head(model, attn, name, y):
+    """Queries or keys after the normalisation inside heads, if there is one."""
+    return norm(model, getattr(attn, f"{name}_norm"), y) if model.head_gains else y
+
+
+def in_head_change(model, attn, name, y, other, change):
+    if not model.head_gains:
+        return change
+    return norm_change(model, getattr(attn, f"{name}_norm"), y, other, change)
+
+
 def activation(block):
     mlp = block.mlp.original_component
     return getattr(mlp, "act_fn", None) or mlp.act
@@ -75,7 +86,8 @@ def plain_pass(model, tokens):
         mid = x + (0 if attn.b_O is None else attn.b_O)
         for h in range(model.n_heads):
             y = {name: n @ W + b for name in "QKV" for W, b in [own(attn, name, h, model)]}
-            q, k = turned(model, y["Q"]), turned(model, y["K"])
+            kept["raw", layer, h] = y
+            q, k = (turned(model, in_head(model, attn, name, y[name.upper()])) for name in "qk")
             scores = q @ k.T / model.divisor[layer]
             A = scores.masked_fill(~past, -torch.inf).softmax(-1)
             kept["head", layer, h] = q, k, y["V"], A
@@ -136,7 +148,15 @@ def linear_pass(model, runs, gates, direction):
                 n = norm_change(model, block.ln1, a["x", layer], b["x", layer], change)
                 y[name] = n @ own(block.attn, name, h, model)[0]
             (q, k, v, A), (q2, k2, v2, A2) = a["head", layer, h], b["head", layer, h]
-            dq, dk = turned(model, y["Q"]), turned(model, y["K"])
+            dq, dk = (
+                turned(
+                    model,
+                    in_head_change(
+                        model, block.attn, name, *(x["raw", layer, h][n] for x in runs), y[n]
+                    ),
+                )
+                for name, n in (("q", "Q"), ("k", "K"))
+            )
             ds = ((q + q2) / 2 @ dk.T + dq @ ((k + k2) / 2).T) / model.divisor[layer]
             dA = softmax_change(A, A2, ds)
             heads.append(((A + A2) / 2 @ y["V"] + dA @ (v + v2) / 2) @ block.attn.W_O[h])

@@ -56,8 +56,9 @@ class Node:
 class LayerReaders:
     """Cotangents of what a layer reads and writes; `dest` as in `LayerRecord`.
 
-    q, k, v: of queries and keys before they are rotated, and values, of every query head; what they
-    read went through `norm`. mlp: the reader of the MLP. z, written: of what heads and MLP write.
+    q, k, v: of queries and keys before heads normalise and rotate them, and values, of every query
+    head; what they read went through `norm`. mlp: the reader of the MLP. z, written: of what heads
+    and MLP write.
     """
 
     norm: Norm
@@ -173,6 +174,21 @@ def attention_secants(
     return mixing, Softmax.between(a.log_weights, b.log_weights), score
 
 
+def head_secants(model: Model, layer: int, a: LayerRecord, b: LayerRecord) -> dict[str, Norm]:
+    """The secants of the normalisations inside heads, of queries and keys from the start.
+
+    Keys are repeated per query head. {} where heads do not normalise.
+    """
+    found = {}
+    for name, gain in model.head_gains.items():
+        raw, other, scale, other_scale = (
+            y.repeat_interleave(model.n_heads // y.shape[1], dim=1)
+            for y in (getattr(end, f"{name}_{what}") for what in ("raw", "scale") for end in (a, b))
+        )
+        found[name] = Norm.between(raw, other, scale, other_scale, gain[layer], centred=False)
+    return found
+
+
 def _through_attention(
     model: Model,
     layer: int,
@@ -190,6 +206,8 @@ def _through_attention(
         of_q, of_k = (
             unrotate(y, *angles_at(model, y.shape[2], a.start, last)) for y in (of_q, of_k)
         )
+    if norms := head_secants(model, layer, a, b):
+        of_q, of_k = norms["q"].transpose(of_q), norms["k"].transpose(of_k)
     return of_q, of_k, of_v
 
 

@@ -129,10 +129,11 @@ def edge_slices(
     into_q = (edges.kind == INPUTS.index("q")).unsqueeze(1)
     q = grouped_matmul(change, W_Q, nodes.head)
     k = grouped_matmul(change, W_K, nodes.head // (model.n_heads // model.n_kv_heads))
+    number = torch.arange(len(edges), device=change.device)
+    q, k = (heads.normalised(name, number, edges.token, x) for name, x in (("q", q), ("k", k)))
     if model.rotary:
         turn = tuple(x[heads.start + edges.token] for x in angles(model))
         q, k = (rotate(x, *turn) for x in (q, k))
-    number = torch.arange(len(edges), device=heard.device)
     at_key = heard[number, 0, heads.start + edges.token].unsqueeze(1)
     dest = torch.where(into_q, q, at_key * heads.score.q[:, 0])
     src = torch.where(into_q, (heard @ heads.score.k)[:, 0], k)

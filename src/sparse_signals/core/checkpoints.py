@@ -24,10 +24,12 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }
 NO_ATTENTION = "it has no attention"
 SCORE_BIAS = "its positions are added to the scores"
+JOINT_NORM = "it normalises the sum of what the heads of a layer write"
 REFUSED = {
     "mamba": NO_ATTENTION,
     "mamba2": NO_ATTENTION,
@@ -35,8 +37,8 @@ REFUSED = {
     "bloom": SCORE_BIAS,
     "mpt": SCORE_BIAS,
     "t5": SCORE_BIAS,
-    "qwen3": "it normalises queries and keys inside the head",
-    "gemma3_text": "it normalises queries and keys inside the head",
+    "gemma2": f"{JOINT_NORM}, and caps scores and logits",
+    "gemma3_text": JOINT_NORM,
 }
 # Settings that would make scores something else than q·k / scale over all tokens so far.
 USUAL = {
