@@ -43,7 +43,7 @@ def loop(run, pairs):
     with the head's output made anew for the whole batch."""
     coords, model = coordinates(run, pairs), run.model
     chosen = support(coords.slices)
-    read, W_O = reading_vectors(model, pairs, coords, chosen), model.writers.W_O
+    read, W_O = reading_vectors(run, pairs, coords, chosen), model.writers.W_O
     pattern, found = run.pattern, []
     for n in range(len(pairs)):
         prompt, layer = pairs.prompt[n], int(pairs.layer[n])

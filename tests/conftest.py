@@ -30,13 +30,15 @@ OPTIONS = [  # works as root in a container, and asks no host for anything by it
 @pytest.fixture(scope="session")
 def tiny_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """HF directories, without tokenizer, of the random models below."""
-    from random_models import ROTARY, SIZES, save_random_model
+    from random_models import NEOX, ROTARY, SIZES, save_random_model
 
     root = tmp_path_factory.mktemp("models")
     return {
         "gpt2": save_random_model(root / "tiny-gpt2", "gpt2", **SIZES),
         "llama": save_random_model(root / "tiny-llama", "llama", **ROTARY),
         "qwen2": save_random_model(root / "tiny-qwen2", "qwen2", **ROTARY),
+        "qwen3": save_random_model(root / "tiny-qwen3", "qwen3", **ROTARY, head_dim=8),
+        "gpt_neox": save_random_model(root / "tiny-gpt_neox", "gpt_neox", **NEOX),
     }
 
 
@@ -64,6 +66,18 @@ def tiny_llama(tiny_directories: dict[str, Path]) -> "Model":
 def tiny_qwen2(tiny_directories: dict[str, Path]) -> "Model":
     """As tiny_llama, with query and key biases."""
     return float64(tiny_directories["qwen2"])
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tiny_directories: dict[str, Path]) -> "Model":
+    """As tiny_llama, with queries and keys that are normalised inside heads."""
+    return float64(tiny_directories["qwen3"])
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt_neox(tiny_directories: dict[str, Path]) -> "Model":
+    """Parallel blocks, LayerNorm, biases, and rotary positions that turn half of each head."""
+    return float64(tiny_directories["gpt_neox"])
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ NODES = (None, Asked("1.2", 8), Asked("MLP 1", 8), Asked("2.1", "end"), Asked("M
 STREAMS = (Asked("stream 1", 8, torch.ones(32).double()), Asked("stream 3", "end", torch.ones(32)))
 
 
-@pytest.fixture(params=("gpt2", "llama", "qwen2"))
+@pytest.fixture(params=("gpt2", "llama", "qwen2", "qwen3", "gpt_neox"))
 def runs(request, tokens, mask):
     model = request.getfixturevalue(f"tiny_{request.param}")
     return AlignedRuns.of(model, *aligned(tokens[4:], mask[4:], places=(3, 5)))

@@ -13,7 +13,7 @@ from sparse_signals.core.model import activations, load_model
 from sparse_signals.core.run import run
 
 
-@pytest.fixture(params=("gpt2", "llama", "qwen2"))
+@pytest.fixture(params=("gpt2", "llama", "qwen2", "qwen3", "gpt_neox"))
 def kind(request):
     return request.param
 

@@ -22,7 +22,7 @@ from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import PromptError, encode, ioi_prompts
 from sparse_signals.core.run import run
 
-KINDS = ("gpt2", "llama", "qwen2")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 TOLERANCE = 1e-9
 INPUTS = ("q", "k", "v", "mlp", "out")
 

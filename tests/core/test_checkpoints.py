@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from random_models import ROTARY, SIZES, save_random_model
+from random_models import NEOX, ROTARY, SIZES, save_random_model
 from sparse_signals.core import checkpoints
 from sparse_signals.core.checkpoints import GPT2_SMALL, ModelError
-from sparse_signals.core.model import load_model
+from sparse_signals.core.model import load_model, logits
 from sparse_signals.core.names import MODEL_NAMES
 
 
@@ -64,8 +64,8 @@ def test_broken_configurations_are_refused(checkpoint):
         ("mamba", "no attention"),
         ("bloom", "added to the scores"),
         ("t5", "added to the scores"),
-        ("qwen3", "normalises queries"),
-        ("gpt_neox", "part of each head"),
+        ("gemma2", "the sum of what the heads of a layer write, and caps scores and logits"),
+        ("gemma3_text", "the sum of what the heads of a layer write"),
         ("unheard-of", "not been checked"),
     ],
 )
@@ -91,6 +91,28 @@ def test_settings_that_change_the_score_are_refused(checkpoint, setting, value):
     write_config(checkpoint, **{setting: value})
     [(name, refused)] = (value if isinstance(value, dict) else {setting: value}).items()
     assert f"its {name} is {json.dumps(refused)}, not " in error_of(checkpoint)
+
+
+def test_fused_weights_without_biases_are_refused(tmp_path):
+    directory = save_random_model(tmp_path / "fused", "gpt_neox", **NEOX, attention_bias=False)
+    assert "its attention_bias is false, not true" in error_of(directory)
+
+
+def test_files_of_pythia_are_read_as_they_are_published(tmp_path):
+    """Their rotation under older names, and buffers that are no longer weights."""
+    directory = save_random_model(tmp_path / "pythia", "gpt_neox", **NEOX)
+    expected = load_model(directory, "cpu")
+    write_config(directory, rope_parameters=None, rotary_pct=0.5, rotary_emb_base=10000)
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    name = "gpt_neox.layers.0.attention."
+    weights |= {name + "bias": torch.ones(1, 1, 32, 32).bool(), name + "masked_bias": torch.ones(1)}
+    save_file(weights | {name + "rotary_emb.inv_freq": torch.ones(2)}, path, {"format": "pt"})
+    model, tokens = load_model(directory, "cpu"), torch.arange(9)[None]
+    assert "embed_out.weight" in weights
+    torch.testing.assert_close(logits(model, tokens), logits(expected, tokens))
+    write_config(directory, rotary_pct=1.0)
+    assert not torch.allclose(logits(load_model(directory, "cpu"), tokens), logits(model, tokens))
 
 
 def test_cross_attention_with_its_weights_is_refused(tmp_path):

@@ -6,13 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
+from full_pass import norms_in_heads
 from hooked import hooked, ungrouped
+from random_models import NEOX, save_random_model
 from sparse_signals.core.forward import Gates, forward, logit_difference
-from sparse_signals.core.model import logits, wrap_model
+from sparse_signals.core.model import load_model, logits, wrap_model
 from sparse_signals.core.prompts import Batch, PromptError
-from sparse_signals.core.run import run
+from sparse_signals.core.run import KEPT, run
 
-KINDS = ("gpt2", "llama", "qwen2")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 TOLERANCE = 1e-10
 INPUTS = ("q", "k", "v", "mlp", "out")
 
@@ -67,11 +69,21 @@ def test_without_changes_it_is_the_model(kind, model, batch):
     with torch.no_grad():
         found = forward(model, batch)
     expected = run(model, batch)
-    for name in ("q", "k", "v", "z", "pattern", "mlp", "scale", "outputs"):
+    for name in (*KEPT, "outputs"):
         assert gap(getattr(found.run, name), getattr(expected, name)) < TOLERANCE, name
     assert gap(found.difference, logit_difference(model, batch)) < TOLERANCE
     every = logits(model, batch.tokens, batch.last)
     assert gap(found.logits, every) < TOLERANCE
+
+
+def test_blocks_of_neox_may_be_sequential(tmp_path, batch):
+    """Then an MLP reads what the heads of its layer write."""
+    path = save_random_model(tmp_path / "in-turn", "gpt_neox", **NEOX, use_parallel_residual=False)
+    model = load_model(path, "cpu", torch.float64)
+    with torch.no_grad():
+        found = forward(model, batch)
+    assert gap(found.logits, logits(model, batch.tokens, batch.last)) < 1e-6
+    assert not model.parallel
 
 
 @pytest.mark.parametrize("names", [*((name,) for name in INPUTS), INPUTS], ids="-".join)
@@ -189,7 +201,7 @@ def test_what_is_removed_is_a_hook_on_the_output(kind, model, batch, component, 
 def frozen(model, batch):
     """Hooks that divide by what normalisations divide by without changes."""
     norms = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln1", "ln2")]
-    names = [f"{name}.hook_scale" for name in [*norms, "ln_final"]]
+    names = [f"{name}.hook_scale" for name in [*norms, *norms_in_heads(model), "ln_final"]]
     with torch.no_grad():
         kept = model.bridge.run_with_cache(batch.tokens, names_filter=lambda x: x in names)[1]
     return [(name, lambda x, hook, scale=kept[name]: scale) for name in names]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from random_models import ROPES, ROTARY, SIZES, save_random_model
-from reference import centred_gap, plain_logits, projected, score_gap
+from random_models import NEOX, ROPES, ROTARY, SIZES, save_random_model
+from reference import centred_gap, plain_attention, plain_logits, projected, score_gap
 from sparse_signals.core import model as models
 from sparse_signals.core.checkpoints import ModelError
 from sparse_signals.core.model import HOOKS, Model, activations, load_model, logits, qk_weights
 from sparse_signals.core.rotary import rotate, rotation
 
-KINDS = ("gpt2", "llama", "qwen2")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox")
 TOKENS = torch.randint(0, 50, (5, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -36,6 +36,17 @@ def test_logits_are_those_of_transformers(tiny_directories, kind, dtype):
     model = load_model(directory, device="cpu", dtype=dtype)
     assert centred_gap(logits(model, TOKENS, at), expected) < 1e-6
     assert model.dtype == dtype and model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_is_that_of_transformers(tiny_directories, kind, dtype):
+    expected = plain_attention(tiny_directories[kind], TOKENS, dtype)
+    model = load_model(tiny_directories[kind], device="cpu", dtype=dtype)
+    kept = activations(model, TOKENS, ("scores", "pattern"))
+    torch.testing.assert_close(kept["pattern"], expected, rtol=0, atol=1e-6)
+    log = kept["scores"].double().log_softmax(-1)  # scores but for what the row has in common
+    torch.testing.assert_close(log.exp(), expected.double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +104,9 @@ def test_query_and_key_biases_are_read(tiny_qwen2, tiny_gpt2):
         ("llama", {**ROTARY, "head_dim": 12}),
         ("llama", {**ROTARY, "attention_bias": True, "rms_norm_eps": 0.1}),
         ("mistral", {**ROTARY, "sliding_window": 16}),
+        ("gpt_neox", {**NEOX, "use_parallel_residual": False, "layer_norm_eps": 0.1}),
+        ("gpt_neox", {**NEOX, "rotary_pct": 1.0}),
+        ("qwen3", {**ROTARY, "head_dim": 12, "attention_bias": True, "rms_norm_eps": 0.1}),
         *(("llama", {**ROTARY, "rope_parameters": rope}) for rope in ROPES),
     ],
 )

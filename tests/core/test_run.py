@@ -11,7 +11,7 @@ from sparse_signals.core.rotary import rotation, unrotate
 from sparse_signals.core.run import KEPT, Outputs, run
 from sparse_signals.tracing.roots import logit_attribution
 
-KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
 
 
 @pytest.fixture(params=KINDS)

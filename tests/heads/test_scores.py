@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_signals.core.model import activations
+from sparse_signals.core.rotary import rotate, rotation
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import tidy
 from sparse_signals.heads.scores import (
@@ -16,8 +17,10 @@ from sparse_signals.heads.scores import (
 )
 from sparse_signals.heads.svd import qk_forms
 
+KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox")
 
-@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama", "tiny_qwen2"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_scores_rebuilt_from_cached_queries_and_keys(kind, request, batch):
     model = request.getfixturevalue(kind)
     cached = activations(model, batch.tokens, ("scores",))["scores"]
@@ -38,13 +41,32 @@ def test_bilinear_form_gives_the_scores_of_the_model(tiny_gpt2, batch):
             torch.testing.assert_close(ours, rebuilt[layer, :, head], atol=1e-10, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_first_token_of_a_rotary_model_is_not_rotated(kind, request, batch):
     model = request.getfixturevalue(kind)
     x = activations(model, batch.tokens, ("normalized",))["normalized"][1][:, :1]
-    score = scores(run(model, batch))[1, :, 2, :1, :1]
+    ran = run(model, batch)
+    score = scores(ran)[1, :, 2, :1, :1] * (ran.q_scale * ran.k_scale)[1, :, 2, :1, None]
     ours = bilinear_scores(qk_forms(model), 1, 2, x)
     torch.testing.assert_close(ours, score, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_follow_from_folded_forms_scales_and_positions(kind, request, batch):
+    """a_ij = R_i(x̃_iᵀA) · R_j(x̃_jᵀB) / (s_q(i) s_k(j) √r) of every pair of every head."""
+    model = request.getfixturevalue(kind)
+    ran, forms = run(model, batch), qk_forms(model)
+    x = activations(model, batch.tokens, ("normalized",))["normalized"]
+    x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    sides = []
+    for factor, scale in ((forms.A, ran.q_scale), (forms.B, ran.k_scale)):
+        y = torch.einsum("lptd,lhdr->lphtr", x, factor) / scale[..., None]
+        places = torch.arange(y.shape[3])
+        sides.append(rotate(y, *rotation(model, places)) if model.rotary else y)
+    rebuilt = sides[0] @ sides[1].mT / model.divisor[:, None, None, None, None]
+    torch.testing.assert_close(rebuilt, scores(ran), atol=1e-10, rtol=1e-9)
+    normalises = bool((ran.q_scale != 1).all()) and bool((ran.k_scale != 1).all())
+    assert normalises is bool(model.head_gains) is (kind == "tiny_qwen3")
 
 
 def test_score_parts_add_up_and_the_last_two_do_not_vary_within_a_row(tiny_gpt2, batch):

@@ -139,7 +139,7 @@ def test_edges_are_those_of_mib(model):
     """Into queries, into keys and values of groups, MLPs and the read-out, from all before."""
     before = [1 + layer * (model.n_heads + 1) for layer in range(model.n_layers)]
     into_heads = (model.n_heads + 2 * model.n_kv_heads) * sum(before)
-    into_mlps = sum(before) + model.n_layers * model.n_heads
+    into_mlps = sum(before) + (0 if model.parallel else model.n_layers * model.n_heads)
     out = 1 + model.n_layers * (model.n_heads + 1)
     table = Edges.of(model).table()
     assert len(Edges.of(model)) == len(table) == into_heads + into_mlps + out

@@ -23,14 +23,14 @@ from sparse_signals.interventions.edge_signals import (
 from sparse_signals.interventions.intervene import intervene_on
 from traced import ioi_case, random_case
 
-KINDS = ("gpt2", "llama", "qwen2", "ioi")
+KINDS = ("gpt2", "llama", "qwen2", "qwen3", "gpt_neox", "ioi")
 TOLERANCE = 1e-9
 SIGN = {"ablate": -1, "boost": 1}
 
 
 @pytest.fixture(scope="module")
-def cases(tiny_gpt2, tiny_llama, tiny_qwen2, tokens, mask):
-    tiny = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen2": tiny_qwen2}
+def cases(request, tokens, mask):
+    tiny = {name: request.getfixturevalue(f"tiny_{name}") for name in KINDS[:-1]}
     return {name: random_case(model, tokens, mask) for name, model in tiny.items()} | {
         "ioi": ioi_case()
     }
@@ -66,6 +66,11 @@ def image(case, edge, x):
     x = x.double() - (x.double().mean() if w.centred else 0)
     W = (w.W_Q if edge.side == "dest" else w.W_K)[edge.layer, edge.head]
     y = (x * w.gain[edge.layer]) @ W
+    if gains := case.traced.model.head_gains:
+        name, scales = {"dest": ("q", case.clean.q_scale), "src": ("k", case.clean.k_scale)}[
+            edge.side
+        ]
+        y = y * gains[name][edge.layer] / scales[edge.layer, edge.prompt, edge.head, edge.token]
     if case.traced.model.rotary:
         cos, sin = rotation(case.traced.model, torch.tensor([edge.token]))
         y = rotate(y[None], cos, sin)[0]
@@ -240,7 +245,7 @@ def test_ablating_and_boosting_are_opposite(case):
     local = ablated.loc["local", "score_change"] + boosted.loc["local", "score_change"]
     assert local.abs().max() < 1e-9
     written = signals.written.double()
-    if case.traced.model.name in ("tiny-gpt2", "gpt2-ioi"):
+    if not case.traced.model.rms:
         written = written - written.mean(-1, keepdim=True)
     size = pd.Series(written.norm(dim=-1).numpy())[ablated.loc["global"].index]
     squares = ablated.loc["global", "norm_ratio"] ** 2 + boosted.loc["global", "norm_ratio"] ** 2

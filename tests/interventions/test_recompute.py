@@ -13,7 +13,7 @@ from sparse_signals.interventions import recompute as suffix
 from sparse_signals.interventions.changes import MID, PRE, K, Probes, Q, V, clean_run
 from sparse_signals.interventions.recompute import recompute
 
-KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2")
+KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox")
 TOLERANCE = 1e-9
 STREAM = (PRE, MID)
 

@@ -10,7 +10,7 @@ from sparse_signals.core.run import Run, run
 from sparse_signals.core.stats import participation_ratio
 from sparse_signals.signals.firings import find_firings, pairs_at, sample_silent, strongest_sources
 
-KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
 LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
 
 

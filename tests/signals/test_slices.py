@@ -26,7 +26,7 @@ from sparse_signals.signals.slices import (
     usage_table,
 )
 
-KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
 LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
 
 

@@ -45,10 +45,16 @@ def full_pass(
     return logits, *(float(seen.get(name, torch.nan)) for name in ("score", "weight"))
 
 
+def norms_in_heads(model: Model) -> list[str]:
+    """The names of the normalisations of queries and keys inside heads, if there are any."""
+    layers = range(model.n_layers if model.head_gains else 0)
+    return [f"blocks.{layer}.attn.{name}" for layer in layers for name in ("q_norm", "k_norm")]
+
+
 def _freeze(model, tokens, hook):
     """Every normalisation divides by what it divided by without changes."""
     norms = [f"blocks.{layer}.{name}" for layer in range(model.n_layers) for name in ("ln1", "ln2")]
-    names = [f"{name}.hook_scale" for name in [*norms, "ln_final"]]
+    names = [f"{name}.hook_scale" for name in [*norms, *norms_in_heads(model), "ln_final"]]
     with torch.no_grad():
         clean = model.bridge.run_with_cache(tokens[None], names_filter=lambda x: x in names)[1]
     for name in names:

@@ -8,7 +8,7 @@ from sparse_signals.core.prompts import Batch
 from sparse_signals.interventions.faithfulness import switchable
 from sparse_signals.tracing.contributions import SIDES
 
-KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2")
+KINDS = ("tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox")
 TOLERANCE = 1e-9
 LENGTH = 9
 

@@ -38,10 +38,10 @@ def hooked(model, batch, gates):
     def hook(name, function):
         hooks.append((name, lambda value, hook: function(value)))
 
-    def mixed(gate):
-        now = torch.stack(wrote, dim=2)
-        old = gates.reference[:, : len(wrote)][gates.place]
-        shares = gate[..., : len(wrote)][gates.row]
+    def mixed(gate, components=None):
+        now = torch.stack(wrote[:components], dim=2)
+        old = gates.reference[:, : now.shape[2]][gates.place]
+        shares = gate[..., : now.shape[2]][gates.row]
         return torch.einsum("pthc,ptcd->pthd", shares, now - old) + old.sum(2, keepdim=True)
 
     def moved(value, layer):
@@ -61,7 +61,8 @@ def hooked(model, batch, gates):
         hook(f"{name}attn.hook_result", lambda x, layer=layer: moved(x, layer))
         if gates.mlp is not None:
             gate = gates.mlp[:, layer, None]
-            hook(f"{name}hook_mlp_in", lambda _, g=gate: mixed(g).squeeze(2))
+            upstream = model.components_below(layer) if model.parallel else None
+            hook(f"{name}hook_mlp_in", lambda _, g=gate, n=upstream: mixed(g, n).squeeze(2))
         hook(f"{name}hook_mlp_out", wrote.append)
     if gates.out is not None:
         hook("ln_final.hook_in", lambda _: mixed(gates.out.unsqueeze(1)).squeeze(2))

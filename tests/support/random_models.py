@@ -22,6 +22,7 @@ ROPES = (
     {"rope_type": "yarn", "attention_factor": 1.7, **STRETCHED},
     {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **STRETCHED},
 )
+NEOX = {**SIZES, "intermediate_size": 48, "rotary_pct": 0.5}
 
 
 def save_random_model(directory: Path, kind: str, seed: int = 0, **config: object) -> Path:
@@ -35,7 +36,7 @@ def save_random_model(directory: Path, kind: str, seed: int = 0, **config: objec
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "attn" in name:
+            elif "attn" in name or "attention" in name:
                 parameter.mul_(5)  # attention that is far from uniform
     model.save_pretrained(directory)
     return directory

@@ -16,6 +16,16 @@ def plain_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) -> t
         return model(tokens).logits
 
 
+def plain_attention(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Attention weights of all layers, from transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    with torch.no_grad():
+        return torch.stack(model(tokens, output_attentions=True).attentions)
+
+
 def centred_gap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference of two sets of logits once each row has mean zero."""
     gap = (a - a.mean(-1, keepdim=True)) - (b - b.mean(-1, keepdim=True))

@@ -55,6 +55,17 @@ def turned(model, y):
     return rotate(y, *rotation(model, torch.arange(len(y))))
 
 
+def in_head(model, attn, name, y):
+    """Queries or keys after the normalisation inside heads, if there is one."""
+    return norm(model, getattr(attn, f"{name}_norm"), y) if model.head_gains else y
+
+
+def in_head_change(model, attn, name, y, other, change):
+    if not model.head_gains:
+        return change
+    return norm_change(model, getattr(attn, f"{name}_norm"), y, other, change)
+
+
 def activation(block):
     mlp = block.mlp.original_component
     return getattr(mlp, "act_fn", None) or mlp.act
@@ -75,17 +86,19 @@ def plain_pass(model, tokens):
         mid = x + (0 if attn.b_O is None else attn.b_O)
         for h in range(model.n_heads):
             y = {name: n @ W + b for name in "QKV" for W, b in [own(attn, name, h, model)]}
-            q, k = turned(model, y["Q"]), turned(model, y["K"])
+            kept["raw", layer, h] = y
+            q, k = (turned(model, in_head(model, attn, name, y[name.upper()])) for name in "qk")
             scores = q @ k.T / model.divisor[layer]
             A = scores.masked_fill(~past, -torch.inf).softmax(-1)
             kept["head", layer, h] = q, k, y["V"], A
             mid = mid + A @ y["V"] @ attn.W_O[h]
-        n, mlp = norm(model, block.ln2, mid), block.mlp
+        read, mlp = x if model.parallel else mid, block.mlp
+        n = norm(model, block.ln2, read)
         first = n @ mlp.W_in + (0 if mlp.b_in is None else mlp.b_in)
         pre, up = first, torch.ones_like(first)
         if mlp.W_gate is not None:
             pre, up = n @ mlp.W_gate + (0 if mlp.b_gate is None else mlp.b_gate), first
-        kept["mlp", layer] = mid, pre, up
+        kept["mlp", layer] = read, pre, up
         out = (activation(block)(pre) * up) @ mlp.W_out
         x = mid + out + (0 if mlp.b_out is None else mlp.b_out)
     kept["end"] = x
@@ -123,8 +136,8 @@ def linear_pass(model, runs, gates, direction):
     nothing = torch.zeros_like(a["embedding"])
     wrote = [a["embedding"] - b["embedding"], *([] if model.rotary else [nothing])]
 
-    def read(gate):
-        return sum(g[:, None] * x for g, x in zip(gate.T, wrote, strict=False))
+    def read(gate, components=None):
+        return sum(g[:, None] * x for g, x in zip(gate.T, wrote[:components], strict=False))
 
     for layer, block in enumerate(bridge.blocks):
         heads = []
@@ -135,13 +148,24 @@ def linear_pass(model, runs, gates, direction):
                 n = norm_change(model, block.ln1, a["x", layer], b["x", layer], change)
                 y[name] = n @ own(block.attn, name, h, model)[0]
             (q, k, v, A), (q2, k2, v2, A2) = a["head", layer, h], b["head", layer, h]
-            dq, dk = turned(model, y["Q"]), turned(model, y["K"])
+            dq, dk = (
+                turned(
+                    model,
+                    in_head_change(
+                        model, block.attn, name, *(x["raw", layer, h][n] for x in runs), y[n]
+                    ),
+                )
+                for name, n in (("q", "Q"), ("k", "K"))
+            )
             ds = ((q + q2) / 2 @ dk.T + dq @ ((k + k2) / 2).T) / model.divisor[layer]
             dA = softmax_change(A, A2, ds)
             heads.append(((A + A2) / 2 @ y["V"] + dA @ (v + v2) / 2) @ block.attn.W_O[h])
         wrote += [*heads, nothing]
-        (mid, pre, up), (mid2, pre2, up2) = a["mlp", layer], b["mlp", layer]
-        n = norm_change(model, block.ln2, mid, mid2, read(gates["mlp"][:, layer]))
+        (x, pre, up), (x2, pre2, up2) = a["mlp", layer], b["mlp", layer]
+        change = read(
+            gates["mlp"][:, layer], model.components_below(layer) if model.parallel else None
+        )
+        n = norm_change(model, block.ln2, x, x2, change)
         g, mlp = activation(block), block.mlp
         first = n @ mlp.W_in
         slope = mean_slope(g, pre, pre2)

@@ -20,7 +20,7 @@ from sparse_signals.tracing.contributions import (
     receiving,
 )
 
-KINDS = ["gpt2", "llama", "qwen2"]
+KINDS = ["gpt2", "llama", "qwen2", "qwen3", "gpt_neox"]
 LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
 
 
@@ -238,6 +238,9 @@ def without(run, pair, side, component):
     W, b = ((w.W_Q, w.b_Q), (w.W_K, w.b_K))[side]
     part = (x * w.gain[layer]) @ W[layer, head]
     part = part + bias * (w.shift[layer] @ W[layer, head] + b[layer, head])
+    if model.head_gains:
+        scale = (run.q_scale, run.k_scale)[side][layer, prompt, head, token]
+        part = part * model.head_gains["qk"[side]][layer] / scale
     if model.rotary:
         part = rotate(part[None], *rotation(model, torch.tensor([token])))[0]
     q, k = run.q[layer, prompt, head].clone(), run.k[layer, prompt, head].clone()

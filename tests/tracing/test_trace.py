@@ -31,7 +31,7 @@ from sparse_signals.tracing.roots import (
 )
 from sparse_signals.tracing.trace import kept_components, trace, trace_chunk, trace_prompts
 
-KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2"]
+KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
 PLACE = ["prompt", "upstream", "downstream", "side", "dest", "src"]
 LEVEL = Settings(level=0.15)  # random models attend weakly
 DEST = 4  # a position that all prompts have

@@ -240,3 +240,8 @@ def changing(model: Model) -> Int[Tensor, "changing"]:
     table = model.components[:-1]
     same = table["kind"].isin(["position", "bias"])
     return torch.tensor(table.index[~same].tolist(), device=model.device)
+
+
+def in_front_of_mlp(model: Model, layer: int) -> int:
+    """How many of the `changing` components the MLP of a layer reads; they are the first ones."""
+    return 1 + layer * (model.n_heads + 1) + (0 if model.parallel else model.n_heads)

@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.attribution.aligned import COMPLETE, AlignedRuns, ShareError
+from sparse_signals.attribution.aligned import (
+    COMPLETE,
+    AlignedRuns,
+    ShareError,
+    in_front_of_mlp,
+)
 from sparse_signals.attribution.inputs import (
     INPUTS,
     Heads,
@@ -166,7 +171,7 @@ def _from_the_top(
         own = torch.linalg.vecdot(written, change)
         inputs = into_mlps(runs, MLPs(layer, prompt, dest), written)
         which = torch.full_like(prompt, first + model.n_heads)
-        yield _Nodes(prompt, which, dest, own, inputs, first + model.n_heads)
+        yield _Nodes(prompt, which, dest, own, inputs, in_front_of_mlp(model, layer))
         prompt, head, dest = strength[:, first : first + model.n_heads].nonzero(as_tuple=True)
         here = dest if a.z.shape[2] > 1 else torch.zeros_like(dest)
         z, change = (x[prompt, head, here] for x in (readers.z, a.z - b.z))

@@ -67,6 +67,7 @@ class Attending:
     softmax: Softmax
     score: Score
     norm: Norm
+    in_heads: dict[str, Norm]
     start: int
 
     @classmethod
@@ -81,6 +82,7 @@ class Attending:
             Softmax(softmax.weight[row].unsqueeze(1)),
             Score(score.q[row].unsqueeze(1), score.k[place], score.divisor),
             part.norm,
+            {n: x.at(row if n == "q" else place) for n, x in part.in_heads.items()},
             part.start,
         )
 
@@ -88,6 +90,19 @@ class Attending:
         """Cotangents of the scores of the row and of the values, of those of what heads moved."""
         of_weights, of_v = self.mixing.transpose(z.unsqueeze(1))
         return self.softmax.transpose(of_weights), of_v
+
+    def normalised(
+        self,
+        name: str,
+        node: Int[Tensor, "row"],
+        token: Int[Tensor, "row"],
+        change: Float[Tensor, "row r"],
+    ) -> Float[Tensor, "row r"]:
+        """What changes of queries or keys at tokens become where heads normalise them."""
+        if name not in self.in_heads:
+            return change
+        place = (node,) if name == "q" else (node, token)
+        return self.in_heads[name].at(place).apply(change)
 
 
 def _index(dest: Int[Tensor, "node"], size: int) -> Int[Tensor, "node"]:
@@ -115,6 +130,9 @@ def into_heads(runs: AlignedRuns, nodes: Heads, z: Float[Tensor, "node r"]) -> I
         cos, sin = (x[secants.start :] for x in angles(model))
         of_q = unrotate(of_q[:, 0], cos[nodes.dest], sin[nodes.dest]).unsqueeze(1)
         of_k = unrotate(of_k, cos[: of_k.shape[1]], sin[: of_k.shape[1]])
+    if norms := secants.in_heads:
+        of_q = norms["q"].transpose(of_q[:, 0]).unsqueeze(1)
+        of_k = norms["k"].transpose(of_k)
     seen = torch.arange(of_k.shape[1], device=z.device) <= nodes.dest[:, None]
     node, token = seen.nonzero(as_tuple=True)
     number = torch.arange(len(nodes), device=z.device)
@@ -160,6 +178,8 @@ def out_of_heads(runs: AlignedRuns, nodes: Heads, read: Inputs) -> Float[Tensor,
         node, token = read.node[here], read.token[here]
         rows = secants.norm.at((nodes.prompt[node], token)).folded(read.reader[here])
         rows = grouped_matmul(rows, W, nodes.head[node] // (1 if kind == 0 else groups))
+        if kind < 2:
+            rows = secants.normalised("qk"[kind], node, token, rows)
         if model.rotary and kind < 2:
             rows = rotate(rows, *(x[secants.start + token] for x in angles(model)))
         total = rows.new_zeros(len(nodes), 1 if kind == 0 else sources, rows.shape[-1])

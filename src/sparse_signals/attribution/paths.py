@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.attribution.aligned import AlignedRuns
+from sparse_signals.attribution.aligned import AlignedRuns, in_front_of_mlp
 from sparse_signals.attribution.graph import (
     change_of,
     component_of,
@@ -78,7 +78,8 @@ def find_paths(
         mine = alive[ways.number[alive] == last]
         nodes = MLPs(layer, ways.prompt[mine], ways.token[mine])
         inputs = into_mlps(runs, nodes, ways.heard[mine])
-        ways, alive = _prolonged(runs, ways, alive, mine, inputs, last, bounds)
+        upstream = in_front_of_mlp(model, layer)
+        ways, alive = _prolonged(runs, ways, alive, mine, inputs, upstream, bounds)
         at = ways.number[alive]
         mine = alive[(at >= first) & (at < last)]
         head = ways.number[mine] - first

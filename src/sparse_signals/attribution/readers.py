@@ -62,7 +62,8 @@ class LayerSecants:
     """The secants of a layer: of its normalisations, what its heads do, and its MLP.
 
     Keys and values are repeated for each query head; `middle` is the normalisation in front of the
-    MLP, `mlp` what that does between its weights.
+    MLP, `mlp` what that does between its weights. `in_heads`: of queries and keys where heads
+    normalise them, of both from the start.
     """
 
     norm: Norm
@@ -71,6 +72,7 @@ class LayerSecants:
     score: Score
     middle: Norm
     mlp: Pointwise | Gated
+    in_heads: dict[str, Norm]
 
     @property
     def start(self) -> int:
@@ -82,8 +84,9 @@ class LayerSecants:
 class LayerReaders:
     """Cotangents of what a layer reads and writes; `dest` as in `LayerRecord`.
 
-    q, k, v: of queries and keys before they are rotated, and values, of every query head; what they
-    read went through `norm`. mlp: the reader of the MLP. z, written: of what heads and MLP write.
+    q, k, v: of queries and keys before heads normalise and rotate them, and values, of every query
+    head; what they read went through `norm`. mlp: the reader of the MLP. z, written: of what heads
+    and MLP write.
     """
 
     norm: Norm
@@ -124,9 +127,11 @@ def readers(
         if here and here.part == "mlp":
             written = here.among(written)
         mlp = _through_mlp(model, layer, part, written)
-        middle = mlp if here else written + mlp
+        beside = torch.zeros_like(written) if here else written  # what goes past the MLP
+        middle = beside + mlp
+        heard = beside if model.parallel else middle
         W_O = model.writers.W_O[layer].flatten(0, 1)
-        z = (middle @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
+        z = (heard @ W_O.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
         if here and isinstance(here.part, int):
             z = torch.zeros_like(z)
             z[:, here.part] = here.among(middle) @ model.writers.W_O[layer, here.part].T
@@ -179,7 +184,8 @@ def layer_secants(
         score = Score.between(a.q, b.q, k, other_k, float(model.divisor[layer]))
         middle = norm_secant(model, block.ln2, a.mid, b.mid, a.mid_scale, b.mid_scale, relevance)
         mlp = _mlp_secant(block, a, b.silent() if relevance else b)
-        found.append(LayerSecants(norm, mixing, softmax, score, middle, mlp))
+        in_heads = _head_secants(model, layer, a, b, relevance)
+        found.append(LayerSecants(norm, mixing, softmax, score, middle, mlp, in_heads))
     return tuple(found)
 
 
@@ -201,6 +207,24 @@ def _through_mlp(
     return part.middle.transpose(y)
 
 
+def _head_secants(
+    model: Model, layer: int, a: LayerRecord, b: LayerRecord, held: bool
+) -> dict[str, Norm]:
+    """The secants of the normalisations inside heads, of queries and keys from the start.
+
+    Keys are repeated per query head. {} where heads do not normalise. `held` as in `norm_secant`.
+    """
+    found = {}
+    for name, gain in model.head_gains.items():
+        raw, other, scale, other_scale = (
+            y.repeat_interleave(model.n_heads // y.shape[1], dim=1)
+            for y in (getattr(end, f"{name}_{what}") for what in ("raw", "scale") for end in (a, b))
+        )
+        norm = Norm.between(raw, other, scale, other_scale, gain[layer], centred=False)
+        found[name] = replace(norm, pull=torch.zeros_like(norm.pull)) if held else norm
+    return found
+
+
 def _through_attention(
     model: Model,
     part: LayerSecants,
@@ -215,6 +239,8 @@ def _through_attention(
         of_q, of_k = (
             unrotate(y, *angles_at(model, y.shape[2], part.start, last)) for y in (of_q, of_k)
         )
+    if norms := part.in_heads:
+        of_q, of_k = norms["q"].transpose(of_q), norms["k"].transpose(of_k)
     return of_q, of_k, of_v
 
 

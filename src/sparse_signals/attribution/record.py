@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_signals.core.forward import angles, norm_scale, normalise, projections
+from sparse_signals.core.forward import (
+    angles,
+    norm_scale,
+    normalise,
+    normalised_in_head,
+    projections,
+)
 from sparse_signals.core.model import Model
 from sparse_signals.core.rotary import rotate
 
@@ -22,11 +28,13 @@ from sparse_signals.core.rotary import rotate
 class LayerRecord:
     """What one layer computed. `dest` are all tokens, or the last one alone in the last layer.
 
-    x, scale: the stream before attention, and what it is divided by; mid, mid_scale before the MLP.
+    x, scale: the stream before attention, and what it is divided by; mid, mid_scale: what the MLP
+    reads, after attention or, in parallel blocks, before it.
     q, k: rotated, if rotary; k, v are one for each group of heads that share them, v without bias,
     both first of the tokens in front, if there are any. log_weights: ln of attention, −∞ for later
     sources. z: what heads moved. pre, post: the MLP before and after its nonlinearity; up: what
-    post is multiplied with, if gated.
+    post is multiplied with, if gated. q_raw, k_raw: what heads that normalise queries and keys
+    normalise, without the tokens in front; q_scale, k_scale: what they divide it by.
     """
 
     x: Float[Tensor, "prompt pos d"]
@@ -42,6 +50,10 @@ class LayerRecord:
     post: Float[Tensor, "prompt dest m"]
     up: Float[Tensor, "prompt dest m"] | None
     mlp: Float[Tensor, "prompt dest d"]
+    q_raw: Float[Tensor, "prompt head dest r"] | None = None
+    k_raw: Float[Tensor, "prompt group pos r"] | None = None
+    q_scale: Float[Tensor, "prompt head dest"] | None = None
+    k_scale: Float[Tensor, "prompt group pos"] | None = None
 
     @property
     def start(self) -> int:
@@ -102,7 +114,7 @@ def record(
         if layer == model.n_layers - 1:
             dest = x[number, last].unsqueeze(1), scale[number, last].unsqueeze(1)
             past = (src <= start + last[:, None])[:, None, None]
-        q, k, v = _attention_inputs(model, layer, (x, scale), dest, start, last)
+        (q, k, v), in_heads = _attention_inputs(model, layer, (x, scale), dest, start, last)
         if front is not None:
             old, times = front.layers[layer], len(last) // len(front.x)
             k, v = (
@@ -115,12 +127,13 @@ def record(
         weights = log_weights.exp().unflatten(1, (model.n_kv_heads, -1))
         z = (weights @ v.unsqueeze(2)).flatten(1, 2)
         W_O = model.writers.W_O[layer].flatten(0, 1)
-        mid = dest[0] + z.transpose(1, 2).flatten(2) @ W_O + model.writers.bias[layer]
+        after = dest[0] + z.transpose(1, 2).flatten(2) @ W_O + model.writers.bias[layer]
+        mid = dest[0] if model.parallel else after
         mid_scale = norm_scale(model, mid)
         pre, post, up, mlp = _mlp(block, normalise(model, block.ln2, mid, mid_scale))
         parts = (x, scale, q, k, v, log_weights, z, mid, mid_scale, pre, post, up, mlp)
-        layers.append(LayerRecord(*parts))
-        x = mid + mlp
+        layers.append(LayerRecord(*parts, **in_heads))
+        x = after + mlp
     x = x.squeeze(1)
     return Record(embedding, tuple(layers), x, norm_scale(model, x))
 
@@ -141,17 +154,20 @@ def _attention_inputs(
     dest: tuple[Tensor, Tensor],
     start: int,
     last: Int[Tensor, "prompt"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of destinations, keys and values of all tokens."""
-    found = []
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Queries of destinations, keys and values of all tokens; what heads normalise of them."""
+    found, in_heads = [], {}
     for name, (x, scale) in zip("qkv", (dest, src, src), strict=True):
         W = projections(model)[name][layer]
         y = (x / scale.unsqueeze(-1)) @ W[:, :-1].transpose(0, 1).flatten(1)
         y = y.unflatten(-1, (len(W), -1)).transpose(1, 2) + W[:, None, -1]
+        if name in model.head_gains:
+            in_heads[f"{name}_raw"] = y
+            y, in_heads[f"{name}_scale"] = normalised_in_head(model, layer, name, y)
         if model.rotary and name != "v":
             y = rotate(y, *angles_at(model, x.shape[1], start, last))
         found.append(y)
-    return found[0], found[1], found[2]
+    return found, in_heads
 
 
 def angles_at(

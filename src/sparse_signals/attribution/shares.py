@@ -20,6 +20,7 @@ from sparse_signals.attribution.aligned import (
     Counterfactual,
     ShareError,
     changing,
+    in_front_of_mlp,
 )
 from sparse_signals.attribution.readers import Readers
 from sparse_signals.attribution.record import reading_weights
@@ -273,7 +274,7 @@ def _edge_values(
         values = _products(vectors, tokens[:upstream], whole).split(heads, dim=1)
         for name, each in zip("kvq", values, strict=False):
             yield name, layer, each
-        before = dest[: upstream + heads]
+        before = dest[: in_front_of_mlp(model, layer)]
         yield "mlp", layer, _products(part.mlp.unsqueeze(0), before, whole)
     yield "out", 0, _products(found.out[None, :, None], ends, whole)
 

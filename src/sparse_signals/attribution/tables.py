@@ -108,7 +108,8 @@ def _heard(
     many = readers.written.shape[1] > 1
     here = place if many else torch.zeros_like(place)
     written = readers.written[prompt, here]
-    return written if part == "mlp" else written + readers.mlp[prompt, here]
+    beside = part == "mlp" or runs.model.parallel
+    return written if beside else written + readers.mlp[prompt, here]
 
 
 def tables_of(

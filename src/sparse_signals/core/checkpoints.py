@@ -24,9 +24,12 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
 }
 NO_ATTENTION = "it has no attention"
 SCORE_BIAS = "its positions are added to the scores"
+JOINT_NORM = "it normalises the sum of what the heads of a layer write"
 REFUSED = {
     "mamba": NO_ATTENTION,
     "mamba2": NO_ATTENTION,
@@ -34,9 +37,8 @@ REFUSED = {
     "bloom": SCORE_BIAS,
     "mpt": SCORE_BIAS,
     "t5": SCORE_BIAS,
-    "qwen3": "it normalises queries and keys inside the head",
-    "gemma3_text": "it normalises queries and keys inside the head",
-    "gpt_neox": "it rotates only a part of each head",
+    "gemma2": f"{JOINT_NORM}, and caps scores and logits",
+    "gemma3_text": JOINT_NORM,
 }
 # Settings that would make scores something else than q·k / scale over all tokens so far.
 USUAL = {
@@ -44,8 +46,10 @@ USUAL = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
     "is_causal": True,
-    "partial_rotary_factor": 1,
 }
+# NeoX may turn a part of each head, and the bridge takes its fused weights apart with their biases.
+USUAL_OF = {"gpt_neox": {"attention_bias": True}}
+USUAL_ELSEWHERE = {"partial_rotary_factor": 1}
 # The angles of these depend on nothing but the position, up to the longest prompt.
 ROTATIONS = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -114,7 +118,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedMod
 
     Only safetensors are read, no code from the directory is run and nothing is downloaded.
     Raises ModelError for a broken or missing configuration, an architecture whose scores are
-    not q·k with learned or fully rotary positions, and weights that are pickled, damaged,
+    not q·k with learned or rotary positions, and weights that are pickled, damaged,
     incomplete, of the wrong shape, or not finite.
     """
     architecture = _architecture(directory)
@@ -169,20 +173,20 @@ def _architecture(directory: Path) -> str:
             f"cannot use {directory}, a model of type {kind!r}: {reason} "
             f"(types that work: {', '.join(ARCHITECTURES)})"
         )
-    _check_settings(directory, config)
+    _check_settings(directory, config, USUAL | USUAL_OF.get(kind, USUAL_ELSEWHERE))
     return ARCHITECTURES[kind]
 
 
-def _check_settings(directory: Path, config: dict[str, Any]) -> None:
+def _check_settings(directory: Path, config: dict[str, Any], good: dict[str, Any]) -> None:
     ropes = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
     if wrong := [rope for rope in ropes if not isinstance(rope, dict)]:
         raise ModelError(f"cannot use {directory}: its rotation is {json.dumps(wrong[0])}")
     ropes += [each for rope in ropes for each in rope.values() if isinstance(each, dict)]
     for table in [config, *ropes]:
-        for setting, usual in USUAL.items():
+        for setting, usual in good.items():
             if table.get(setting, usual) != usual:
-                value, good = json.dumps(table[setting]), json.dumps(usual)
-                raise ModelError(f"cannot use {directory}: its {setting} is {value}, not {good}")
+                value, only = json.dumps(table[setting]), json.dumps(usual)
+                raise ModelError(f"cannot use {directory}: its {setting} is {value}, not {only}")
     for rope in ropes:
         for setting in {"rope_type", "type"} & set(rope):
             if rope[setting] not in ROTATIONS:

@@ -115,8 +115,11 @@ def project(
     x: Float[Tensor, "prompt pos input d"],
     scale: Float[Tensor, "prompt pos input"],
     start: int = 0,
-) -> Float[Tensor, "prompt head pos r"]:
+    own: Float[Tensor, "prompt head pos"] | None = None,
+) -> tuple[Float[Tensor, "prompt head pos r"], Float[Tensor, "prompt head pos"]]:
     """Queries or keys as they enter the score, or values ("q", "k", "v"), of every query head.
+
+    And what heads divide them by: a given scale, or their `own`; 1 where they do not normalise.
 
     From a stream and what its normalisation divides by: one for all heads, one for each, or one for
     each group that shares keys and values. Values are without their bias, which is part of the
@@ -127,9 +130,28 @@ def project(
         W = W.repeat_interleave(model.n_heads // len(W), dim=0)
     y = torch.einsum("pthd,hdr->phtr", x, W[:, :-1])
     y = y / scale.transpose(1, 2).unsqueeze(-1) + W[:, None, -1]
+    y, own = normalised_in_head(model, layer, name, y, own)
     if model.rotary and name != "v":
         y = rotate(y, *(table[start : start + y.shape[2]] for table in angles(model)))
-    return y.repeat_interleave(model.n_heads // len(W), dim=1)
+    groups = model.n_heads // len(W)
+    return y.repeat_interleave(groups, dim=1), own.repeat_interleave(groups, dim=1)
+
+
+def normalised_in_head(
+    model: Model,
+    layer: int,
+    name: str,
+    y: Float[Tensor, "prompt head pos r"],
+    scale: Float[Tensor, "prompt heads pos"] | None = None,
+) -> tuple[Float[Tensor, "prompt head pos r"], Float[Tensor, "prompt head pos"]]:
+    """Queries or keys after the normalisation inside heads, if there is one, and its scale (or 1).
+
+    `scale`: that of every query head, instead of that of y.
+    """
+    if name not in model.head_gains:
+        return y, y.new_ones(()).expand(y.shape[:-1])
+    scale = norm_scale(model, y) if scale is None else scale[:, :: scale.shape[1] // y.shape[1]]
+    return y / scale.unsqueeze(-1) * model.head_gains[name][layer], scale
 
 
 @once_per_model
@@ -176,9 +198,14 @@ def read_out(
 
 @dataclass(frozen=True)
 class Scales:
-    """What the normalisations of a pass divide by: before attention and MLP, and at the end."""
+    """What the normalisations of a pass divide by.
+
+    Before attention, inside heads (queries and keys), before the MLP, and at the end.
+    """
 
     attention: Float[Tensor, "layer prompt pos"]
+    q: Float[Tensor, "layer prompt head pos"]
+    k: Float[Tensor, "layer prompt head pos"]
     mlp: Float[Tensor, "layer prompt pos"]
     out: Float[Tensor, "prompt"]
 
@@ -329,36 +356,36 @@ def forward(
     stream = _Stream(gates, removed, torch.zeros_like(first[:, :, 0]))
     stream.write(first, first.shape[2])
     for layer in range(done, model.n_layers):
-        block = model.bridge.blocks[layer]
         scale = norm_scale(model, stream.x) if like is None else like.attention[layer]
         inputs = _inputs(model, stream, layer, scale, like is None)
-        q, k, v = (project(model, layer, name, *inputs[name], start) for name in "qkv")
+        given = {} if like is None else {"q": like.q[layer], "k": like.k[layer]}
+        (q, q_scale), (k, k_scale), (v, _) = (
+            project(model, layer, name, *inputs[name], start, given.get(name)) for name in "qkv"
+        )
         keys, values = k, v
         if front is not None:
             keys = torch.cat([front.k[layer], k], dim=2)
             values = torch.cat([front.v[layer], v], dim=2)
         pattern = attend(model, layer, q, keys)
         z = pattern @ values
+        beside = _mlp_output(model, stream, layer, like) if model.parallel else None
         moved = torch.einsum(f"phtr,hrd->{heads}", z, out.W_O[layer])
         stream.write(moved if gates else moved.unsqueeze(2), model.n_heads)
         stream.write(out.bias[layer].expand_as(stream.x).unsqueeze(2), 1)
-        x = stream.x
-        if gates and gates.mlp is not None:
-            x = stream.mixed(gates.mlp[:, layer, None]).squeeze(2)
-        mlp_scale = norm_scale(model, x) if like is None else like.mlp[layer]
-        mlp = block.mlp(normalise(model, block.ln2, x, mlp_scale))
+        mlp, mlp_scale = beside or _mlp_output(model, stream, layer, like)
         stream.write(mlp.unsqueeze(2), 1)
-        kept.append((q, k, v, z, pattern, mlp, scale, mlp_scale))
+        kept.append((q, k, v, z, pattern, mlp, scale, q_scale, k_scale, mlp_scale))
     x = stream.x
     if gates and gates.out is not None:
         x = stream.mixed(gates.out.unsqueeze(1)).squeeze(2)
     x = x[torch.arange(len(x), device=x.device), batch.last.to(x.device)]
     out_scale = norm_scale(model, x) if like is None else like.out
     each = [torch.stack(values) for values in zip(*kept, strict=True)]
-    q, k, v, z, pattern, mlp, scale, mlp_scale = each
-    run = Run(model, batch, q, k, v, z, pattern, mlp, scale, removed=removed, start=start)
+    *for_run, mlp_scale = each
+    run = Run(model, batch, *for_run, removed=removed, start=start)
     final = normalise(model, model.bridge.ln_final, x, out_scale)
-    return Pass(run, Scales(scale, mlp_scale, out_scale), final)
+    scales = Scales(run.scale, run.q_scale, run.k_scale, mlp_scale, out_scale)
+    return Pass(run, scales, final)
 
 
 def _inputs(
@@ -375,3 +402,14 @@ def _inputs(
         parts = zip(*(x.split(sizes, dim=2) for x in (mixed, scales)), strict=True)
         inputs |= dict(zip(given, parts, strict=True))
     return inputs
+
+
+def _mlp_output(
+    model: Model, stream: _Stream, layer: int, like: Scales | None
+) -> tuple[Float[Tensor, "prompt pos d"], Float[Tensor, "prompt pos"]]:
+    """What the MLP of a layer writes, and what the normalisation in front of it divides by."""
+    x, gates, block = stream.x, stream.gates, model.bridge.blocks[layer]
+    if gates and gates.mlp is not None:
+        x = stream.mixed(gates.mlp[:, layer, None]).squeeze(2)
+    scale = norm_scale(model, x) if like is None else like.mlp[layer]
+    return block.mlp(normalise(model, block.ln2, x, scale)), scale

@@ -36,11 +36,14 @@ HOOKS = {
     "scores": "attn.hook_attn_scores",
     "normalized": "ln1.hook_normalized",
     "scale": "ln1.hook_scale",
+    "q_scale": "attn.q_norm.hook_scale",
+    "k_scale": "attn.k_norm.hook_scale",
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
 }
+IN_HEADS = ("q_scale", "k_scale")
 ROTATED = {"q": "attn.hook_rot_q", "k": "attn.hook_rot_k"}
 TOKENS_PER_BATCH = 1024
 TRIED, TRIED_GAP = 8, 1e-3  # tokens on which a model is tried, and what rounding may do there
@@ -96,6 +99,22 @@ class Model:
     def rms(self) -> bool:
         """Whether normalisations divide only (RMSNorm), or centre first (LayerNorm)."""
         return self.bridge.ln_final.uses_rms_norm
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP of a layer reads what its heads read, not what they write."""
+        return self.bridge.cfg.parallel_attn_mlp
+
+    @cached_property
+    def head_gains(self) -> dict[str, Float[Tensor, "layer r"]]:
+        """The gain of the RMSNorm of queries ("q") and keys ("k") inside heads; {} without one."""
+        blocks = [block.attn for block in self.bridge.blocks]
+        if not hasattr(blocks[0].original_component, "q_norm"):
+            return {}
+        return {
+            "q": torch.stack([attn.q_norm.w for attn in blocks]),
+            "k": torch.stack([attn.k_norm.w for attn in blocks]),
+        }
 
     @cached_property
     def divisor(self) -> Float[Tensor, "layer"]:
@@ -171,6 +190,7 @@ class QKWeights:
 
     q = (x̂ * gain + shift) W_Q + b_Q, k likewise, score = q·k / divisor. `centred` says whether
     x̂ is x minus its mean (LayerNorm) or not (RMSNorm). Missing biases and shifts are zeros.
+    Where heads normalise q and k, with `Model.head_gains`, they do it afterwards.
     """
 
     W_Q: Float[Tensor, "layer head d r"]
@@ -261,6 +281,9 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
     rotary, n_heads = config.model_type != "gpt2", config.num_attention_heads
     if rotary and hf_model.dtype == torch.float64:
         compute_in_float64(bridge)
+    if config.model_type == "gpt_neox":
+        for block in bridge.blocks:
+            _hook_rotation(block.attn)
     return Model(
         name=name,
         bridge=bridge.requires_grad_(False),
@@ -276,6 +299,17 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> Model:
     )
 
 
+def _hook_rotation(attn: Any) -> None:
+    """Call the hooks of turned queries and keys, which attention with fused weights leaves out."""
+    turn = attn._apply_rotary_pos_emb
+
+    def hooked(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = turn(*inputs)
+        return attn.hook_rot_q(q), attn.hook_rot_k(k)
+
+    attn._apply_rotary_pos_emb = hooked
+
+
 def activations(
     model: Model, tokens: Int[Tensor, "prompt pos"], names: Collection[str], progress: bool = False
 ) -> dict[str, Tensor]:
@@ -285,12 +319,14 @@ def activations(
     they enter the score (rotated, if rotary; `q_raw` and `k_raw` are not). pattern, scores:
     [layer prompt head dest src], future scores hugely negative. normalized (x̂, before the
     gain), resid_pre, resid_post, attn_out, mlp_out: [layer prompt pos d].
-    scale (what x was divided by to get x̂): [layer prompt pos].
+    scale (what x was divided by to get x̂): [layer prompt pos]. q_scale, k_scale (what heads divided
+    queries and keys by, 1 where they do not): [layer prompt head pos].
     """
     unknown = sorted(set(names) - set(HOOKS))
     if unknown:
         raise ValueError(f"unknown activations {unknown}: choose among {sorted(HOOKS)}")
     points = HOOKS | ROTATED if model.rotary else HOOKS
+    there = [name for name in names if model.head_gains or name not in IN_HEADS]
     kept: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any, name: str, layer: int, rows: slice) -> None:
@@ -302,12 +338,14 @@ def activations(
     for rows, batch in _batches(model, tokens, progress):
         hooks = [
             (f"blocks.{layer}.{points[name]}", partial(keep, name=name, layer=layer, rows=rows))
-            for name in names
+            for name in there
             for layer in range(model.n_layers)
         ]
         last = torch.full((len(batch),), batch.shape[1] - 1, device=model.device)
         _run(model, batch, last, hooks)
-    return kept
+    one = torch.ones((), dtype=model.dtype, device=model.device)
+    ones = one.expand(model.n_layers, len(tokens), model.n_heads, tokens.shape[1])
+    return dict.fromkeys(set(names) - set(there), ones) | kept
 
 
 def logits(
@@ -330,6 +368,8 @@ def logits(
 def _arranged(model: Model, name: str, value: Tensor) -> Tensor:
     if name == "scale":
         return value.squeeze(-1)
+    if name in IN_HEADS:
+        return value.squeeze(-1).repeat_interleave(model.n_heads // value.shape[1], dim=1)
     if name not in ("q", "k", "v", "z", "q_raw", "k_raw"):
         return value
     value = value.transpose(1, 2).unsqueeze(2)

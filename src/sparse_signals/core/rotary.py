@@ -18,19 +18,20 @@ def rotation(
 
 
 def unrotate(
-    y: Float[Tensor, "... r"], cos: Float[Tensor, "... r"], sin: Float[Tensor, "... r"]
+    y: Float[Tensor, "... r"], cos: Float[Tensor, "... w"], sin: Float[Tensor, "... w"]
 ) -> Float[Tensor, "... r"]:
-    """Rᵀy of each row, where a query or key of that token is rotated as Rq = q·cos + half(q)·sin.
-
-    half([a, b]) = [−b, a]: coordinate n turns together with coordinate n + r/2.
-    """
-    first, second = (y * sin).chunk(2, dim=-1)
-    return y * cos + torch.cat([second, -first], dim=-1)
+    """Rᵀy of each row, where a query or key of that token is turned to Rq by `rotate`."""
+    return rotate(y, cos, -sin)
 
 
 def rotate(
-    x: Float[Tensor, "... r"], cos: Float[Tensor, "... r"], sin: Float[Tensor, "... r"]
+    x: Float[Tensor, "... r"], cos: Float[Tensor, "... w"], sin: Float[Tensor, "... w"]
 ) -> Float[Tensor, "... r"]:
-    """Rx = x·cos + half(x)·sin with half([a, b]) = [−b, a]: how rotary models turn q and k."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rx = x·cos + half(x)·sin with half([a, b]) = [−b, a]: how rotary models turn q and k.
+
+    Coordinate n turns together with coordinate n + w/2; those from w on stay as they are.
+    """
+    turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_signals.core.model import Model, activations
+from sparse_signals.core.model import IN_HEADS, Model, activations
 from sparse_signals.core.prompts import Batch, PromptError
 
 CHUNK_BYTES = 2**29  # what a run of the prompts of one chunk takes
 CHUNK_PROMPTS = 128  # at most: what an interrupted run may lose
-KEPT = ("q", "k", "v", "z", "pattern", "mlp", "scale")  # second dimension: prompts
+# second dimension: prompts
+KEPT = ("q", "k", "v", "z", "pattern", "mlp", "scale", "q_scale", "k_scale")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Run:
 
     Queries and keys as they enter the score (rotated, if rotary); values and z, what heads moved,
     without the value bias, all of them repeated per query head; `mlp` what MLPs wrote; `scale`
-    what each layer's first normalisation divided by. `space` is memory for `outputs`, if given;
-    `removed` was taken from what components wrote, where the model ran without a part of it.
+    what each layer's first normalisation divided by; `q_scale`, `k_scale`: what heads divided
+    queries and keys by, 1 where they do not normalise them. `space` is memory for `outputs`, if
+    given; `removed` was taken from what components wrote, where the model ran without a part of it.
     `start`: how many tokens were in front, whose keys and values are not kept again.
     """
 
@@ -44,6 +46,8 @@ class Run:
     pattern: Float[Tensor, "layer prompt head pos src"]
     mlp: Float[Tensor, "layer prompt pos d"]
     scale: Float[Tensor, "layer prompt pos"]
+    q_scale: Float[Tensor, "layer prompt head pos"]
+    k_scale: Float[Tensor, "layer prompt head pos"]
     space: Float[Tensor, "some pos component d"] | None = None
     removed: Float[Tensor, "prompt pos component d"] | None = None
     start: int = 0
@@ -176,7 +180,7 @@ def run(
     """
     check_memory(model, batch.tokens.shape[1])
     names = ("q", "k", "v", "z", "pattern", "mlp_out", "scale")
-    cache = activations(model, batch.tokens, names, progress=progress)
+    cache = activations(model, batch.tokens, (*names, *IN_HEADS), progress=progress)
     b_V = model.writers.b_V[:, None, :, None]
     return Run(
         model,
@@ -188,6 +192,8 @@ def run(
         cache["pattern"],
         cache["mlp_out"],
         cache["scale"],
+        cache["q_scale"],
+        cache["k_scale"],
         space,
     )
 

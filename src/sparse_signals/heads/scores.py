@@ -22,7 +22,10 @@ def scores(run: Run) -> Float[Tensor, "layer prompt head dest src"]:
 def bilinear_scores(
     forms: QKForms, layer: int, head: int, x: Float[Tensor, "... pos d"]
 ) -> Float[Tensor, "... pos pos"]:
-    """a_ij = x̃_iᵀ A Bᵀ x̃_j / √r from the normalised residual stream x̂ (no rotary positions)."""
+    """a_ij = x̃_iᵀ A Bᵀ x̃_j / √r from the normalised residual stream x̂.
+
+    Without what rotary positions and normalisations inside heads do to queries and keys.
+    """
     x1 = torch.cat([x.double(), x.new_ones(*x.shape[:-1], 1, dtype=torch.float64)], dim=-1)
     left, right = x1 @ forms.A[layer, head], x1 @ forms.B[layer, head]
     return left @ right.mT / forms.divisor[layer]

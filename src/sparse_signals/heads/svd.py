@@ -49,11 +49,15 @@ def qk_forms(model: Model) -> QKForms:
     A = [C diag(g) W_Q ; (b W_Q + b_Q)ᵀ] and B likewise, with g and b the gain and shift of the
     normalisation. C = I − 11ᵀ/d where the normalisation centres its input (LayerNorm), else I:
     it changes no score, and it makes Ω unique. float64, whatever the dtype of the model.
+    Where heads normalise queries and keys, the gains of that are folded in too, and the score is
+    divided by both scales, s_q(i) s_k(j), taken as they are (`Run.q_scale`, `Run.k_scale`).
     Source: Franco and Crovella 2024, section 3; Elhage et al. 2021 for the form itself.
     """
     w = qk_weights(model)
     A = folded(w.W_Q, w.b_Q, w.gain, w.shift, w.centred)
     B = folded(w.W_K, w.b_K, w.gain, w.shift, w.centred)
+    if model.head_gains:
+        A, B = (x * model.head_gains[n][:, None, None].double() for x, n in ((A, "q"), (B, "k")))
     return QKForms(A, B, w.divisor)
 
 

@@ -158,7 +158,7 @@ def _edges_of(model: Model) -> Edges:
     layer, heads = torch.tensor(table["layer"].tolist()), torch.tensor(table["kind"].eq("head"))
     at = torch.arange(model.n_layers)[:, None]
     before = (layer < at) & writes
-    into_mlp = before | ((layer == at) & heads)
+    into_mlp = before if model.parallel else before | ((layer == at) & heads)
     into_heads = (
         before[:, None].expand(-1, n, -1) for n in (model.n_heads, *[model.n_kv_heads] * 2)
     )

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_signals.core.forward import attention_weights, normalise
-from sparse_signals.core.model import Model, activations, once_per_model
+from sparse_signals.core.model import IN_HEADS, Model, activations, once_per_model
 from sparse_signals.core.prompts import Batch
 
 # Sites, in order of computation: the stream before attention, inputs of a head, the stream after.
@@ -34,7 +34,8 @@ class Clean:
     """What a run without interventions left behind, for some prompts of a batch.
 
     pre, mid: the residual stream before and after the attention of each layer; final: after the
-    last layer, at `end`. Queries and keys as they enter the score. `answers` are the tokens IO, S.
+    last layer, at `end`. Queries and keys as they enter the score, and what heads divided them by
+    (1 where they do not). `answers` are the tokens IO, S.
     """
 
     model: Model
@@ -47,6 +48,13 @@ class Clean:
     q: Float[Tensor, "layer prompt head pos r"]
     k: Float[Tensor, "layer prompt head pos r"]
     v: Float[Tensor, "layer prompt head pos r"]
+    q_scale: Float[Tensor, "layer prompt head pos"]
+    k_scale: Float[Tensor, "layer prompt head pos"]
+
+    @property
+    def in_mlp(self) -> Float[Tensor, "layer prompt pos d"]:
+        """The residual stream that the MLP of each layer reads."""
+        return self.pre if self.model.parallel else self.mid
 
 
 @dataclass(frozen=True)
@@ -120,12 +128,13 @@ def clean_run(model: Model, batch: Batch, rows: slice | None = None) -> Clean:
     rows = rows or slice(0, len(batch.tokens))
     part = batch.rows(rows)
     answers, end = part.answers("an intervention").to(model.device), part.last.to(model.device)
-    kept = activations(model, part.tokens, ("resid_pre", "attn_out", "q", "k", "v"))
+    heads = ("q", "k", "v", *IN_HEADS)
+    kept = activations(model, part.tokens, ("resid_pre", "attn_out", *heads))
     pre, mid = kept["resid_pre"], kept["resid_pre"] + kept["attn_out"]
-    last = mid[-1, torch.arange(len(end), device=end.device), end]
-    block = model.bridge.blocks[-1]
-    final = last + block.mlp(normalise(model, block.ln2, last[:, None]))[:, 0]
-    return Clean(model, rows.start, end, answers, pre, mid, final, *(kept[name] for name in "qkv"))
+    at_end = -1, torch.arange(len(end), device=end.device), end
+    block, read = model.bridge.blocks[-1], (pre if model.parallel else mid)[at_end]
+    final = mid[at_end] + block.mlp(normalise(model, block.ln2, read[:, None]))[:, 0]
+    return Clean(model, rows.start, end, answers, pre, mid, final, *(kept[name] for name in heads))
 
 
 def clean_scores(

@@ -138,9 +138,7 @@ def _head_readers(model: Model, places: Int[Tensor, "combination 3"]) -> HeadRea
     layer, reader, token = places.T
     inward = torch.cat([maps.dest, maps.src], dim=1)[layer, reader]
     if model.rotary:
-        cos, sin = (x[:, None].expand_as(inward) for x in rotation(model, token))
-        rows = (x.flatten(0, 1) for x in (inward.mT, cos, sin))
-        inward = unrotate(*rows).view(inward.shape).mT
+        inward = unrotate(inward.mT, *(x[:, None] for x in rotation(model, token))).mT
     outward = torch.linalg.pinv(R[layer, reader] @ inward)
     return HeadReaders(raw, basis, inward[None], outward[None])
 

@@ -144,7 +144,7 @@ def intervene_on(
     numbers, row = rows.to(device).unique(return_inverse=True)
     prompt = _prompts(clean, signals, row)
     variants, of = list(product(scopes, modes)), len(numbers)
-    inputs = _input_changes(clean.model, signals, row, patch_qkv)
+    inputs = _input_changes(clean, signals, row, prompt, patch_qkv)
     changes = (
         _in_variants(_stream(clean.model, signals, row), "global", variants, of),
         _in_variants(inputs, "local", variants, of),
@@ -208,17 +208,32 @@ def _stream(model: Model, signals: Signals, row: Int[Tensor, "edge"]) -> Changes
 
 
 def _input_changes(
-    model: Model, signals: Signals, row: Int[Tensor, "edge"], patch_qkv: bool
+    clean: Clean,
+    signals: Signals,
+    row: Int[Tensor, "edge"],
+    prompt: Int[Tensor, "edge"],
+    patch_qkv: bool,
 ) -> Changes:
-    """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned."""
+    """δ as it enters the query or key of the downstream head, δ·A / s_t or δ·B / s_t, turned.
+
+    Where heads normalise queries and keys, divided by what they divide these by, too.
+    """
+    model = clean.model
     layer, head, token = (column(signals.edges, x, row.device) for x in ("layer", "head", "token"))
     delta = signals.delta.double() / signals.scale[:, None]
     own = torch.where(signals.reader < model.n_heads, Q, K)
-    vectors = [_turned_image(model, signals, delta, layer, signals.reader, token)]
+    scales = torch.cat([clean.q_scale, clean.k_scale], dim=2).double()
+
+    def turned(reader: Int[Tensor, "edge"]) -> Float[Tensor, "edge r"]:
+        image = by_reader(delta, signals.readers.raw[:, :, :-1], layer, reader)
+        image = image / scales[layer, prompt, reader, token, None]
+        return rotate(image, *rotation(model, token)) if model.rotary else image
+
+    vectors = [turned(signals.reader)]
     sites = [own]
     if patch_qkv:
         other = (signals.reader + model.n_heads) % (2 * model.n_heads)
-        vectors.append(_turned_image(model, signals, delta, layer, other, token))
+        vectors.append(turned(other))
         vectors.append(by_reader(delta, _value_maps(model), layer, head))
         sites += [Q + K - own, torch.full_like(own, V)]
     which = torch.arange(len(sites) * len(row), device=row.device)
@@ -226,19 +241,6 @@ def _input_changes(
         x.repeat(len(sites)) for x in (row, layer, head, token, torch.ones_like(signals.scale))
     )
     return Changes(row, layer, torch.cat(sites), head, token, factor, which, torch.cat(vectors))
-
-
-def _turned_image(
-    model: Model,
-    signals: Signals,
-    delta: Float[Tensor, "edge d"],
-    layer: Int[Tensor, "edge"],
-    reader: Int[Tensor, "edge"],
-    token: Int[Tensor, "edge"],
-) -> Float[Tensor, "edge r"]:
-    """What δ adds to the query or key of a reader at a token, as it enters the score."""
-    image = by_reader(delta, signals.readers.raw[:, :, :-1], layer, reader)
-    return rotate(image, *rotation(model, token)) if model.rotary else image
 
 
 @once_per_model

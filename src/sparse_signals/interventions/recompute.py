@@ -19,6 +19,7 @@ from sparse_signals.core.forward import (
     attention_weights,
     norm_scale,
     normalise,
+    normalised_in_head,
     read_out,
 )
 from sparse_signals.core.model import Model
@@ -136,14 +137,14 @@ class Rows:
         return torch.cat([x, rest], dim=1)[:, self.asked(layer)]
 
     def attend(
-        self, qkv: Float[Tensor, "row token qkv"], layer: int
+        self, qkv: Float[Tensor, "row token qkv"], layer: int, freeze: bool
     ) -> Float[Tensor, "row asked z"]:
         """z of all heads at the tokens asked for, from the inputs of heads at those of x.
 
         Keeps the scores and attention weights that were asked for.
         """
         asked, dirty = self.asked(layer), qkv.shape[1]
-        new_q, new_k, new_v = self._heads(qkv)
+        new_q, new_k, new_v = self._heads(qkv, layer, freeze)
         rest = self.prompt[:, None], slice(None), self.places(slice(dirty, self.length))
         q = torch.cat([new_q, self.clean.q[layer][rest]], dim=1)
         k, v = self.clean.k[layer][self.prompt], self.clean.v[layer][self.prompt]
@@ -162,14 +163,20 @@ class Rows:
         return (pattern @ v).transpose(1, 2).flatten(2)
 
     def _heads(
-        self, qkv: Float[Tensor, "row token qkv"]
+        self, qkv: Float[Tensor, "row token qkv"], layer: int, freeze: bool
     ) -> list[Float[Tensor, "row token head r"]]:
-        """Queries and keys (turned, if rotary) and values, for every query head."""
+        """Queries and keys (as they enter the score) and values, for every query head."""
         model = self.clean.model
         sizes = [model.n_heads, model.n_kv_heads, model.n_kv_heads]
         parts = list(qkv.unflatten(-1, (sum(sizes), model.d_head)).split(sizes, dim=2))
+        places = self.places(slice(0, qkv.shape[1]))
+        if model.head_gains:
+            at = layer, self.prompt[:, None], slice(None), places
+            for n, clean in enumerate((self.clean.q_scale, self.clean.k_scale)):
+                scale = clean[at].transpose(1, 2) if freeze else None
+                y = normalised_in_head(model, layer, "qk"[n], parts[n].transpose(1, 2), scale)[0]
+                parts[n] = y.transpose(1, 2)
         if model.rotary:
-            places = self.places(slice(0, qkv.shape[1]))
             cos, sin = (table[places][:, :, None] for table in angles(model))
             parts[:2] = [rotate(part, cos, sin) for part in parts[:2]]
         groups = model.n_heads // model.n_kv_heads
@@ -305,35 +312,45 @@ def _run_groups(groups: Sequence[Rows], freeze: bool) -> Float[Tensor, "row d"]:
     for layer in range(groups[0].layer, groups[0].clean.model.n_layers):
         attending = [group for group in groups if group.attends(layer)]
         xs += [group.start() for group in attending[len(xs) :]]
-        xs = _attend(attending, xs, layer, freeze)
+        xs, before = _attend(attending, xs, layer, freeze)
         moving = [group for group in groups if group.layer <= layer]
         xs += [group.start() for group in moving[len(xs) :]]
-        xs = _move(moving, xs, layer, freeze)
+        xs = _move(moving, xs, before, layer, freeze)
     return torch.cat([x[:, -1] for x in xs])
 
 
-def _attend(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
-    """x of every group after the attention of a layer."""
+def _attend(
+    groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool
+) -> tuple[list[Stream], list[Stream]]:
+    """x of every group after the attention of a layer, and before it, at the tokens asked for."""
     if not groups:
-        return []
+        return [], []
     model, pre = groups[0].clean.model, groups[0].clean.pre[layer]
     layers, norm = attention_layers(model), model.bridge.blocks[layer].ln1
     xs = [g.add_stream(x, layer, PRE, slice(0, g.length)) for g, x in zip_(groups, xs)]
     old = [g.clean_at(pre, slice(0, x.shape[1])) for g, x in zip_(groups, xs)] if freeze else []
     W, b = layers.W_in[layer], layers.b_in[layer]
     qkv = _by_token(lambda x, *old: _normalised(model, norm, x, *old) @ W + b, xs, old)
-    z = [group.attend(inputs, layer) for group, inputs in zip_(groups, qkv)]
+    z = [group.attend(inputs, layer, freeze) for group, inputs in zip_(groups, qkv)]
     out = _by_token(lambda z: z @ layers.W_out[layer] + layers.b_out[layer], z)
-    return [g.at_asked(x, layer) + more for g, x, more in zip_(groups, xs, out)]
+    before = [g.at_asked(x, layer) for g, x in zip_(groups, xs)]
+    return [x + more for x, more in zip_(before, out)], before
 
 
-def _move(groups: Sequence[Rows], xs: list[Stream], layer: int, freeze: bool) -> list[Stream]:
-    """x of every group after the MLP of a layer."""
-    model, mid = groups[0].clean.model, groups[0].clean.mid[layer]
+def _move(
+    groups: Sequence[Rows], xs: list[Stream], before: list[Stream], layer: int, freeze: bool
+) -> list[Stream]:
+    """x of every group after the MLP of a layer, from x after and before its attention."""
+    model, clean = groups[0].clean.model, groups[0].clean.in_mlp[layer]
     block = model.bridge.blocks[layer]
     xs = [g.add_stream(x, layer, MID, g.asked(layer)) for g, x in zip_(groups, xs)]
-    old = [g.clean_at(mid, g.asked(layer)) for g in groups] if freeze else []
-    return _by_token(lambda x, *old: x + block.mlp(_normalised(model, block.ln2, x, *old)), xs, old)
+    old = [g.clean_at(clean, g.asked(layer)) for g in groups] if freeze else []
+    if model.parallel:
+        read = before + [g.clean_at(clean, g.asked(layer)) for g in groups[len(before) :]]
+    else:
+        read = xs
+    out = _by_token(lambda x, *old: block.mlp(_normalised(model, block.ln2, x, *old)), read, old)
+    return [x + more for x, more in zip_(xs, out)]
 
 
 def _by_token(

@@ -36,11 +36,11 @@ def _gradients(model: Model, batch: Batch) -> Float[Tensor, "layer prompt head d
     patterns = []
     for layer, block in enumerate(model.bridge.blocks):
         read = x.unsqueeze(2), norm_scale(model, x).unsqueeze(2)
-        q, k, v = (project(model, layer, name, *read) for name in "qkv")
+        q, k, v = (project(model, layer, name, *read)[0] for name in "qkv")
         patterns.append(attend(model, layer, q, k))
         moved = torch.einsum("phtr,hrd->ptd", patterns[-1] @ v, model.writers.W_O[layer])
-        x = x + moved + model.writers.bias[layer]
-        x = x + block.mlp(normalise(model, block.ln2, x))
+        after = x + moved + model.writers.bias[layer]
+        x = after + block.mlp(normalise(model, block.ln2, x if model.parallel else after))
     last = batch.last.to(x.device)
     io, s = read_out(model, x[torch.arange(len(x), device=x.device), last], answers).T
     heard = torch.stack(torch.autograd.grad((io - s).sum(), patterns))

@@ -128,7 +128,8 @@ def contributions(
     """What every upstream component contributes to every firing, on both sides.
 
     Exact, source side: Σ_k σ_k (x̃_i·u_k)(v_k·x_c(j)/s_j)/√r, over all slices or those of the
-    support S; destination side likewise with x_c(i)/s_i and x̃_j.
+    support S; destination side likewise with x_c(i)/s_i and x̃_j. Where heads normalise queries and
+    keys, x̃ is divided by what they divide these by as well.
     Attention: A_ij − A_ij without what c wrote at the token, the scale s_t frozen. At the
     destination this changes all scores of the row, at the source a_ij alone.
     Published: Σ_{k∈S} sgn(x̃_i·u_k) √σ_k v_k·x_c(j)/s_j, and likewise.
@@ -143,7 +144,7 @@ def contributions(
     if settings.weighting == "norm":
         values = _norms(run, pairs, outputs)
     else:
-        read = reading_vectors(run.model, pairs, coords, used, settings)
+        read = reading_vectors(run, pairs, coords, used, settings)
         values = _values(run, pairs, read, outputs)
     if settings.weighting == "attention":
         values = _lost_attention(run, pairs, values[:, 1], outputs)
@@ -191,8 +192,8 @@ def contrast(
     ours, theirs = (coordinates(run, x, basis) for x in (pairs, other))
     difference = Coordinates(ours.dest, ours.src - theirs.src)
     used = support(difference.slices, settings.fraction)
-    read = reading_vectors(run.model, pairs, difference, used, settings)
-    aside = reading_vectors(run.model, other, ours, used, settings)
+    read = reading_vectors(run, pairs, difference, used, settings)
+    aside = reading_vectors(run, other, ours, used, settings)
     values = _values(run, pairs, read, outputs)
     values[:, 1] -= _values(run, other, aside, outputs)[:, 1]
     values = values * _counted(run.model, pairs, "exact")[:, None]
@@ -210,7 +211,7 @@ def slicing_basis(model: Model, settings: Settings) -> Basis:
 
 
 def reading_vectors(
-    model: Model,
+    run: Run,
     pairs: Pairs,
     coords: Coordinates,
     chosen: Bool[Tensor, "pair r"],
@@ -219,20 +220,22 @@ def reading_vectors(
     """The vector w of each side whose product with x̃ is what the support of a firing hears.
 
     A coefficient for every slice, turned into query (key) space, rotated back to the axes of the
-    token if positions are rotary, and through the query (key) weights into the residual stream.
+    token if positions are rotary, divided by what the head divides the query (key) by, and through
+    its weights into the residual stream.
     """
-    published = settings.weighting == "published"
+    model, published = run.model, settings.weighting == "published"
     forms, basis = qk_forms(model), slicing_basis(model, settings)
     # on a slice of a support the signs of the two sides agree
     root, sides = model.divisor[pairs.layer, None].sqrt(), []
-    for other, maps, factor, token in (
-        (coords.src, basis.dest, forms.A, pairs.dest),
-        (coords.dest, basis.src, forms.B, pairs.src),
+    for other, maps, factor, token, scale in (
+        (coords.src, basis.dest, forms.A, pairs.dest, run.q_scale),
+        (coords.dest, basis.src, forms.B, pairs.src, run.k_scale),
     ):
         coefficient = chosen * (other.sign() * root if published else other)
         y = by_head(coefficient, maps.mT, pairs)
         if model.rotary:
             y = unrotate(y, *rotation(model, token))
+        y = y / scale[pairs.layer, pairs.prompt, pairs.head, token, None].double()
         sides.append(by_head(y, factor.mT, pairs))
     return torch.stack(sides, dim=1)
 
@@ -297,6 +300,7 @@ def _lost_rows(
     q[:, :below] = (written[slot[:, 0]] @ A[:, :-1].to(written.dtype)).double()
     q[:, :below] /= _scale(run, pairs)[:, :1, None]
     q[:, -1] = A[:, -1]
+    q /= run.q_scale[pairs.layer, pairs.prompt, pairs.head, pairs.dest, None, None].double()
     if run.model.rotary:
         q = rotate(q, *(x[:, None] for x in rotation(run.model, pairs.dest)))
     keys = run.k[pairs.layer, pairs.prompt, pairs.head].double()
@@ -337,7 +341,7 @@ def by_source(
     """
     coords = coordinates(run, pairs, slicing_basis(run.model, settings))
     used = support(coords.slices, settings.fraction)
-    read = reading_vectors(run.model, pairs, coords, used, settings)
+    read = reading_vectors(run, pairs, coords, used, settings)
     read = read / _scale(run, pairs)[..., None]
     W_O = run.model.writers.W_O.double()
     through = torch.einsum("nsd,lhrd->nslhr", read[..., :-1], W_O)
