@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help weights book serve lab test refresh bench clean
+.PHONY: help weights book serve lab test refresh reproduce bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,9 @@ test: $(READY) ## style, unit tests, the built site in a browser, every notebook
 refresh: export MODEL =
 refresh: $(READY) ## run the chapters again and store their outputs
 	$(BIN)/python scripts/refresh.py
+
+reproduce: $(READY) ## the published numbers of GPT-2 small, computed again (MODEL=gpt2-small)
+	$(BIN)/sparse-signals reproduce --model "$(or $(MODEL),gpt2-small)"
 
 bench: $(READY) ## measure the speed of the method
 	$(BIN)/python benchmarks/bench.py
