@@ -5,8 +5,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from reproduced import ioi_batch, loaded, save_published_size
 
+from reproduced import ioi_batch, loaded, save_published_size
 from sparse_signals.core.forward import logit_difference
 from sparse_signals.core.model import activations
 from sparse_signals.core.prompts import roles_of
@@ -55,7 +55,7 @@ def firings(ran):
 def graph(ran, firings, batch):
     end, io = (batch.roles[role].numpy()[firings["prompt"]] for role in ("end", "IO"))
     at = (firings["dest"] == end) & (firings["src"] == io) & (firings["score"] >= 0)
-    roots = released_roots(firings.loc[at & (firings["layer"] > 8), "name"].unique().tolist())
+    roots = released_roots(firings.loc[at & (firings["layer"] > 3), "name"].unique().tolist()[-2:])
     return released_graph(trace(ran, roots, SETTINGS), range(PROMPTS))
 
 
@@ -165,11 +165,9 @@ def test_single_ablations_equal_hooks(model, batch, every):
             "local": (logit_difference(model, batch, local) - clean)[edge.prompt],
         }
         role = every.edges["role"].iloc[n]
-        ours = singles[
-            (singles["prompt"] == edge.prompt)
-            & (singles[["upstream", "downstream", "role"]] == [edge.upstream, edge.downstream, role])
-            .all(axis=1)
-        ].groupby("scope")["F_change"].agg(list)  # fmt: skip
+        place = [edge.prompt, edge.upstream, edge.downstream, role]
+        same = (singles[["prompt", "upstream", "downstream", "role"]] == place).all(axis=1)
+        ours = singles[same].groupby("scope")["F_change"].agg(list)
         for scope, value in expected.items():
             assert min(abs(x - float(value)) for x in ours[scope]) < 1e-8
     assert singles["F_change"].abs().max() > 1e-3

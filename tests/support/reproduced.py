@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from random_models import save_random_model
 
+from random_models import save_random_model
 from sparse_signals.app.notebook import published
 from sparse_signals.core.model import Model, load_model
 from sparse_signals.core.prompts import Batch, encode, ioi_prompts

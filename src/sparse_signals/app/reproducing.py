@@ -14,7 +14,7 @@ from sparse_signals.app.commands import PARTIAL, in_one_line, open_folder, open_
 from sparse_signals.app.errors import PROGRAM, Stopped, UsageError
 from sparse_signals.app.notebook import published
 from sparse_signals.core.model import Model
-from sparse_signals.core.numbers import fmt, interval, is_number
+from sparse_signals.core.numbers import fmt, is_number
 from sparse_signals.core.prompts import Batch, encode, ioi_prompts
 from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.resume import alone_in, atomic, remove_leftovers, write_parquet
@@ -116,7 +116,7 @@ def _with_interval(row: dict) -> str:
         return "undefined"
     value = json.loads(row["computed"])
     if is_number(value) and pd.notna(row["low"]):
-        return interval(value, row["low"], row["high"])
+        return f"{fmt(value)} [{fmt(row['low'])}, {fmt(row['high'])}]"
     return _text(row["computed"])
 
 
