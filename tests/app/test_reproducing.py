@@ -12,7 +12,7 @@ from sparse_signals.app.cli import main
 from sparse_signals.app.notebook import published
 from sparse_signals.app.reproducing import page_of, said, verdicts
 from sparse_signals.core.prompts import ioi_prompts
-from sparse_signals.interventions.reproduction import Estimate, catalogue, compare
+from sparse_signals.interventions.reproduction import Estimate, catalogue, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_tables_show_intervals_and_lists():
         "logit_diff/mean": Estimate(3.0, 2.5, 3.5),
         "slices_8_6_prompt_6/support": Estimate([43, 6]),
     }
-    table = compare(published(), found, {})
+    table = side_by_side(published(), found, {})
     shown = said(table).set_index("fact")
     assert shown.loc["logit_diff/mean", "computed"] == "3.00 [2.50, 3.50]"
     assert shown.loc["logit_diff/mean", "difference"] == "-0.0110"
@@ -105,5 +105,5 @@ def test_tables_show_intervals_and_lists():
     assert counts.loc["logit_diff"].tolist() == [1, 0, 5, 0]
     assert counts.loc["all"].sum() == len(table)
     page = page_of(table, {"model": "a model, float32"})
-    assert "| logit_diff/mean | 3.011 | 3.00 [2.50, 3.50] | -0.0110 | 0.254 | agrees |" in page
+    assert "| mean | 3.011 | 3.00 [2.50, 3.50] | -0.0110 | 0.254 | agrees |" in page
     assert main([]) == 0  # the command is one of those that the help lists

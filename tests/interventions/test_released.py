@@ -14,7 +14,7 @@ from sparse_signals.core.run import run
 from sparse_signals.heads.svd import head_svd, qk_forms
 from sparse_signals.interventions.edge_signals import read_signals
 from sparse_signals.interventions.released import (
-    SETTINGS,
+    RELEASED,
     between,
     edges_on_firings,
     graph_sizes,
@@ -56,7 +56,7 @@ def graph(ran, firings, batch):
     end, io = (batch.roles[role].numpy()[firings["prompt"]] for role in ("end", "IO"))
     at = (firings["dest"] == end) & (firings["src"] == io) & (firings["score"] >= 0)
     roots = released_roots(firings.loc[at & (firings["layer"] > 3), "name"].unique().tolist()[-2:])
-    return released_graph(trace(ran, roots, SETTINGS), range(PROMPTS))
+    return released_graph(trace(ran, roots, RELEASED), range(PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def every(model, batch, firings, graph):
     fired = firings[firings["score"] >= 0]
     edges = edges_on_firings(graph[graph["role"].isin(["end", "S2"])], fired, batch)
     edges = edges.groupby("prompt").head(8).reset_index(drop=True)
-    return Trace(model, batch, (), SETTINGS, firings, edges)
+    return Trace(model, batch, (), RELEASED, firings, edges)
 
 
 def test_the_last_role_of_a_token_counts(batch):
@@ -186,7 +186,7 @@ def test_sets_of_edges_are_ablated_together(model, batch, firings, graph):
     fired = firings[firings["score"] >= 0]
     ends = [("0.11", None, None), ("0.9", None, None)]
     edges = edges_on_firings(graph[between(graph, ends)], fired, batch)
-    traced = Trace(model, batch, (), SETTINGS, firings, edges)
+    traced = Trace(model, batch, (), RELEASED, firings, edges)
     none = pd.Series(False, edges.index)
     _, sets = released_effects(traced, slice(4, PROMPTS), none, none)
     sets = sets[sets["key"] == "K"]

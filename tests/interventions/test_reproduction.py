@@ -18,10 +18,10 @@ from sparse_signals.interventions.reproduction import (
     Quantity,
     Uncomputed,
     catalogue,
-    compare,
     leaves,
     measure,
     mover_facts,
+    side_by_side,
 )
 
 PROMPTS = 8
@@ -62,7 +62,7 @@ def found(model, batch, facts):
 
 @pytest.fixture(scope="module")
 def table(facts, found):
-    return compare(facts, *found).set_index("fact")
+    return side_by_side(facts, *found).set_index("fact")
 
 
 # --- the catalogue -------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_verdicts_follow_the_tolerance():
         "setup/bos": Estimate(True),
         "setup/roots": Estimate(["9.6", "9.9", "10.0"]),
     }
-    table = compare(facts, found, {"graph": "no roots"}).set_index("fact")
+    table = side_by_side(facts, found, {"graph": "no roots"}).set_index("fact")
     verdicts = table["verdict"]
     assert verdicts["logit_diff/mean"] == verdicts["slices_8_6_prompt_6/support"] == "agrees"
     assert verdicts["logit_diff/median"] == verdicts["setup/bos"] == "differs"
@@ -138,14 +138,14 @@ def test_verdicts_follow_the_tolerance():
     assert table.loc["graph/nodes", "note"] == "no roots"
     assert "no such head" in table.loc["logit_diff/sd", "note"]
     assert verdicts["firings_pile/8.6"] == "not computed"
-    beyond = compare(facts, {"logit_diff/mean": Estimate(edge + 1e-6)}, {}).set_index("fact")
+    beyond = side_by_side(facts, {"logit_diff/mean": Estimate(edge + 1e-6)}, {}).set_index("fact")
     assert beyond.loc["logit_diff/mean", "verdict"] == "differs"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_refused(value):
     with pytest.raises(ValueError, match="logit_diff/mean is"):
-        compare(published(), {"logit_diff/mean": Estimate(value)}, {})
+        side_by_side(published(), {"logit_diff/mean": Estimate(value)}, {})
 
 
 # --- what is computed ----------------------------------------------------------------------------
@@ -213,6 +213,7 @@ def test_the_signal_of_names_is_measured_in_the_vectors_used_often(model, batch)
     assert found[section + "name_projection_auc"].value == pytest.approx(0.5 + 0.5 / 3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(model, batch, facts, found, monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
@@ -231,7 +232,7 @@ def test_an_interrupted_run_goes_on(model, batch, facts, found, monkeypatch, tmp
 
 def test_a_model_without_these_heads_has_undefined_numbers(tmp_path):
     model = loaded(save_published_size(tmp_path / "two", layers=2))
-    table = compare(published(), *measure(model, ioi_batch(model, 6), published()))
+    table = side_by_side(published(), *measure(model, ioi_batch(model, 6), published()))
     verdicts = table.set_index("fact")["verdict"]
     assert verdicts["plain_omega_singular_values/8.6/largest"] == "undefined"
     assert verdicts["firings_ioi/8.6"] == verdicts["graph/nodes"] == "undefined"

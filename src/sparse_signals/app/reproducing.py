@@ -18,10 +18,10 @@ from sparse_signals.core.numbers import fmt, is_number
 from sparse_signals.core.prompts import Batch, encode, ioi_prompts
 from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.resume import alone_in, atomic, remove_leftovers, write_parquet
-from sparse_signals.interventions.reproduction import PROMPTS, compare, measure, templates_of
+from sparse_signals.interventions.reproduction import PROMPTS, measure, side_by_side, templates_of
 
 TABLE, SHEET, PAGE = "numbers.parquet", "numbers.csv", "numbers.md"
-SHOWN = ["fact", "published", "computed", "difference", "tolerance", "verdict"]
+PRINTED = ["fact", "published", "computed", "difference", "tolerance", "verdict"]
 
 
 def execute_reproduction(options: Namespace) -> None:
@@ -67,7 +67,7 @@ def compared(model: Model, batch: Batch, partial: Path, options: Namespace) -> p
         )
     except KeyboardInterrupt:
         raise Stopped("stopped; finished chunks are kept, the same command goes on there") from None
-    return compare(facts, found, notes)
+    return side_by_side(facts, found, notes)
 
 
 def about(model: Model, batch: Batch, options: Namespace) -> dict[str, str]:
@@ -103,7 +103,7 @@ def said(table: pd.DataFrame) -> pd.DataFrame:
         difference=[fmt(x) for x in rows["difference"]],
         tolerance=[fmt(x) for x in rows["tolerance"]],
     )
-    return shown[SHOWN]
+    return shown[PRINTED]
 
 
 def _text(value: str) -> str:
@@ -133,7 +133,7 @@ def page_of(table: pd.DataFrame, facts: dict[str, str]) -> str:
     """The comparison as Markdown: what was computed, the verdicts, then section by section."""
     lines = [f"# Published numbers, computed again on {facts['model'].split(',')[0]}", ""]
     lines += [f"* {name}: {value}" for name, value in facts.items()]
-    lines += [f"* published: {published()['about'].split(',')[0]}", ""]
+    lines += [f"* published: {published()['about'].split(', read from')[0]}", ""]
     lines += [
         "A number agrees only if it is within the tolerance, which was fixed before. An interval",
         "holds 95 % of what resampled templates of the prompts (in the summary of",
@@ -141,21 +141,24 @@ def page_of(table: pd.DataFrame, facts: dict[str, str]) -> str:
         "",
         *_markdown(verdicts(table)),
     ]
-    for section, rows in table.groupby(table["fact"].str.split("/").str[0], sort=False):
+    names = table["fact"].str.split("/", n=1)
+    table = table.assign(fact=names.str[-1])
+    for section, rows in table.groupby(names.str[0], sort=False):
         lines += ["", f"## {section}", ""]
         ours = rows[rows["verdict"] != "not computed"]
         if len(ours):
             lines += [*_markdown(said(ours)), ""]
-        for name, column in (("Computed by", "how"), ("Tolerance", "basis"), ("May differ", "why")):
-            lines += [f"* {name}: {text}." for text in ours[column].unique()]
+        for (how, basis, why), those in ours.groupby(["how", "basis", "why"], sort=False):
+            lines.append(f"* {_named(those)}: {how}. Tolerance: {basis}. May differ: {why}.")
         notes = rows.dropna(subset="note")
         for (verdict, note), those in notes.groupby(["verdict", "note"], sort=False):
-            names = those["fact"].str.split("/", n=1).str[-1]
-            what = (
-                names.iloc[0] if len(names) == 1 else f"{names.iloc[0]} and {len(names) - 1} more"
-            )
-            lines.append(f"* {verdict.capitalize()}: {note} ({what}).")
+            lines.append(f"* {_named(those)}: {verdict}, {note}.")
     return "\n".join(lines) + "\n"
+
+
+def _named(rows: pd.DataFrame) -> str:
+    first, more = rows["fact"].iloc[0], f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    return f"{first}{more}"
 
 
 def _markdown(table: pd.DataFrame) -> Sequence[str]:

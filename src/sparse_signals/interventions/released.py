@@ -36,10 +36,10 @@ from sparse_signals.tracing.contributions import SIDES, Settings
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import Trace, check_attention, check_sums, index_lists
 
-SETTINGS = replace(Settings.published(), bias_per_head=True)
+RELEASED = replace(Settings.published(), bias_per_head=True)
 QUIRKS = Quirks(double_count=True, first_writer=True, last_role=True)
-EDGE = ["upstream", "downstream", "role"]
-CHANGES = ["F_change", "score_change"]
+GRAPH_EDGE = ["upstream", "downstream", "role"]
+CHANGED = ["F_change", "score_change"]
 NOWHERE = -1  # the position of a role that a prompt has not
 Ends = tuple[str | None, str | None, str | None]  # upstream, downstream, role; None: any
 # The published experiments with several edges: two sets each, ablated alone and together.
@@ -109,7 +109,7 @@ def released_firings(ran: Run, first_prompt: int = 0) -> pd.DataFrame:
 
 
 def released_graph(traced: Trace, clusters: ArrayLike) -> pd.DataFrame:
-    """The pooled edges of a trace with `SETTINGS`, on prompts with `released_roles`.
+    """The pooled edges of a trace with `RELEASED`, on prompts with `released_roles`.
 
     Edges into a token without a role are left out. Columns as in `Circuit.edges`; `prompts` counts
     an edge once for every path, so that it may exceed their number.
@@ -139,7 +139,7 @@ def between(graph: pd.DataFrame, ends: Sequence[Ends]) -> pd.Series:
     found = pd.Series(False, index=graph.index)
     for each in ends:
         match = ~found
-        for name, value in zip(EDGE, each, strict=True):
+        for name, value in zip(GRAPH_EDGE, each, strict=True):
             match &= (graph[name] == value) | (value is None)
         found |= match
     return found
@@ -163,7 +163,7 @@ def edges_on_firings(graph: pd.DataFrame, firings: pd.DataFrame, batch: Batch) -
     columns = ["firing", "prompt", "upstream", "kind", "downstream", "layer", "head", "side",
                "dest", "src", "token", "weight", "role"]  # fmt: skip
     found = found.assign(kind="head", weight=np.nan, token=token)[columns]
-    return found.sort_values(["prompt", *EDGE, "firing"], ignore_index=True)
+    return found.sort_values(["prompt", *GRAPH_EDGE, "firing"], ignore_index=True)
 
 
 def released_signals(model: Model, signals: Signals) -> Signals:
@@ -209,10 +209,10 @@ def released_effects(
         for some in (signals[one], released_signals(traced.model, random_signals(read[noisy])))
         if len(some)
     ]
-    columns = ["prompt", *EDGE, "scope", "control", *CHANGES]
+    columns = ["prompt", *GRAPH_EDGE, "scope", "control", *CHANGED]
     singles = pd.concat([pd.DataFrame(columns=[*columns, "edge"]), *tables])
     singles = singles.assign(role=edges["role"].reindex(singles["edge"]).to_numpy())[columns]
-    singles = singles.astype(dict.fromkeys(CHANGES, float))  # of an empty table they are objects
+    singles = singles.astype(dict.fromkeys(CHANGED, float))  # of an empty table they are objects
     members, names = _members(edges)
     which = torch.tensor(members["edge"].to_numpy("int64"), device=signals.reader.device)
     number = names.get_indexer(pd.MultiIndex.from_frame(members[names.names]))

@@ -1,8 +1,8 @@
 """Every published number for GPT-2 small beside what this package computes, and whether they agree.
 
 The facts file holds the published numbers. `catalogue` says of every leaf of it how it is computed,
-how far apart the two may be and why, or why it is not computed; `measure` computes; `compare`
-puts both side by side. Numbers that depend on the prompts come with intervals over templates.
+how far apart the two may be and why, or why it is not computed; `measure` computes; `side_by_side`
+compares. Numbers that depend on the prompts come with intervals over templates.
 """
 
 import json
@@ -27,8 +27,8 @@ from sparse_signals.heads.spectra import coordinate_table
 from sparse_signals.heads.svd import head_svd, head_table
 from sparse_signals.interventions.published import sweep_facts
 from sparse_signals.interventions.released import (
-    EDGE,
-    SETTINGS,
+    GRAPH_EDGE,
+    RELEASED,
     SWEPT,
     between,
     edges_on_firings,
@@ -181,19 +181,21 @@ OTHER_PROMPTS = (
     "the prompts are this project's sentences and names, not the paper's: the same task in other "
     "words, some of them longer"
 )
-ORDER = "what the graph has depends on the prompts, and on their order by first_writer"
+OTHER_GRAPH = (
+    "the graph depends on the prompts, which are not the paper's, and on their order (first_writer)"
+)
 WEIGHTS = "only rounding can differ, or another checkpoint; the bias row and column are part of Ω"
 SAME_PROMPT = "the same prompt: only rounding can differ, or another checkpoint"
 CHOSEN = "a setting"
-GRAPH = "released_graph of a trace with released.SETTINGS and released.QUIRKS"
+RELEASED_GRAPH = "released_graph of a trace with released.RELEASED and released.QUIRKS"
 INTERVENED = (
     f"{OTHER_PROMPTS}; where several readers are changed locally, the released code computes all "
     "their inputs from the clean run"
 )
-RULES = (
+FACT_RULES = (
     Rule("setup/prompts", "len(batch.tokens)", _equal, CHOSEN),
     Rule("setup/bos", "encode(…, bos=False)", _equal, CHOSEN),
-    Rule("setup/(firing|support|contribution)_.*", "released.SETTINGS", _equal, CHOSEN),
+    Rule("setup/(firing|support|contribution)_.*", "released.RELEASED", _equal, CHOSEN),
     Rule("setup/root.*", "released_roots", _equal, CHOSEN),
     Rule("setup/mean_end_position", "Batch.last", _rounded, OTHER_PROMPTS),
     Rule("setup/(distinct_.*|abba|baba)", "Batch.tokens, Batch.roles", _equal, OTHER_PROMPTS),
@@ -234,9 +236,14 @@ RULES = (
         f"{SAME_PROMPT}; vectors with nearly equal σ may change places",
     ),
     Rule("plain_omega_singular_values/.*", "svd.head_table", _of_weights, WEIGHTS),
-    Rule("graph/(nodes|edges|contribution_edges|heads)", f"{GRAPH}; graph_sizes", _of_mean, ORDER),
-    Rule("edges_by_.*/count", GRAPH, _of_count, ORDER),
-    Rule("edges_by_.*/weight", GRAPH, _of_fifth, ORDER),
+    Rule(
+        "graph/(nodes|edges|contribution_edges|heads)",
+        f"{RELEASED_GRAPH}; graph_sizes",
+        _of_mean,
+        OTHER_GRAPH,
+    ),
+    Rule("edges_by_.*/count", RELEASED_GRAPH, _of_count, OTHER_GRAPH),
+    Rule("edges_by_.*/weight", RELEASED_GRAPH, _of_fifth, OTHER_GRAPH),
     Rule(
         "multi_edge_mean_change_in_logit_diff/.*/prompts", "released_effects", _of_count, INTERVENED
     ),
@@ -246,20 +253,32 @@ RULES = (
         _of_effect,
         INTERVENED,
     ),
-    Rule("single_edge_mean_change/.*/logit_diff", "released_effects, F_change", _of_effect, ORDER),
-    Rule("single_edge_mean_change/.*/score", "released_effects, score_change", _of_effect, ORDER),
-    Rule("intervention_summary/edges", "edges of the graph in released.SWEPT", _of_mean, ORDER),
+    Rule(
+        "single_edge_mean_change/.*/logit_diff",
+        "released_effects, F_change",
+        _of_effect,
+        OTHER_GRAPH,
+    ),
+    Rule(
+        "single_edge_mean_change/.*/score",
+        "released_effects, score_change",
+        _of_effect,
+        OTHER_GRAPH,
+    ),
+    Rule(
+        "intervention_summary/edges", "edges of the graph in released.SWEPT", _of_mean, OTHER_GRAPH
+    ),
     Rule(
         "intervention_summary/share_.*",
         f"released_effects on the first {SWEPT_PROMPTS} prompts, sweep_facts",
         _of_edge_share,
-        ORDER,
+        OTHER_GRAPH,
     ),
     Rule(
         "intervention_summary/mean_abs_.*",
         f"released_effects on the first {SWEPT_PROMPTS} prompts, sweep_facts",
         _of_fifth,
-        ORDER,
+        OTHER_GRAPH,
     ),
 )
 REASONS = {
@@ -299,7 +318,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _item_name(item: Any, number: int) -> str:
     if not isinstance(item, dict):
         return str(number)
-    return item["edge"] if "edge" in item else edge_name(*(item[name] for name in EDGE))
+    return item["edge"] if "edge" in item else edge_name(*(item[name] for name in GRAPH_EDGE))
 
 
 def edge_name(upstream: str, downstream: str, role: str) -> str:
@@ -314,7 +333,7 @@ def catalogue(facts: Mapping[str, Any]) -> list[Quantity | Uncomputed]:
     """
     found = []
     for fact, published in leaves(facts):
-        rules = [rule for rule in RULES if re.fullmatch(rule.pattern, fact)]
+        rules = [rule for rule in FACT_RULES if re.fullmatch(rule.pattern, fact)]
         reasons = [reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, fact)]
         if len(rules) + len(reasons) != 1:
             raise ValueError(f"{len(rules) + len(reasons)} rules for the published fact {fact!r}")
@@ -373,9 +392,9 @@ def setup_facts(batch: Batch, roots: Sequence[str]) -> Found:
     values = {
         "prompts": len(batch.tokens),
         "bos": False,
-        "firing_threshold": SETTINGS.level,
-        "support_fraction": SETTINGS.fraction,
-        "contribution_fraction": SETTINGS.share,
+        "firing_threshold": RELEASED.level,
+        "support_fraction": RELEASED.fraction,
+        "contribution_fraction": RELEASED.share,
         "roots": [root.name for root in released_roots(roots)],
         "root_firing": "; ".join(map(", ".join, ends)),
         "mean_end_position": float(batch.last.double().mean()),
@@ -481,7 +500,7 @@ def graph_facts(graph: pd.DataFrame) -> Found:
     """The sizes of the graph, and the count and weight of every edge."""
     found = {f"graph/{name}": Estimate(size) for name, size in graph_sizes(graph).items()}
     for edge in graph.to_dict("records"):
-        name = edge_name(*(edge[x] for x in EDGE))
+        name = edge_name(*(edge[x] for x in GRAPH_EDGE))
         count = _estimate(edge["prompts"], edge["prompts_low"], edge["prompts_high"])
         weight = _estimate(edge["weight"], edge["low"], edge["high"])
         for section in ("edges_by_count", "edges_by_weight_count_ge_50"):
@@ -510,8 +529,10 @@ def swept_facts(singles: pd.DataFrame, graph: pd.DataFrame) -> Found:
     if some.empty:
         return found
     some = some.assign(F_size=some["F_change"].abs())
-    means = some.groupby([*EDGE, "scope", "control"])[["F_change", "F_size", "score_change"]].mean()
-    table = means.rename_axis(columns="measure").stack().rename("value").reset_index()
+    means = some.groupby([*GRAPH_EDGE, "scope", "control"])[
+        ["F_change", "F_size", "score_change"]
+    ].mean()
+    table = means.mean().rename_axis(columns="measure").stack().rename("value").reset_index()
     rows = sweep_facts(table.assign(mode="ablate"))
     return found | {section + x.fact: _estimate(x.value, x.low, x.high) for x in rows.itertuples()}
 
@@ -554,7 +575,7 @@ def measure(
     chunks, roots = fitting_rows(model, batch), facts["setup"]["roots"]
     if folder:
         content = json.dumps([facts, templates_of(batch).tolist()])
-        folder = folder / run_key(model, batch, (SETTINGS, SWEPT_PROMPTS, chunks, content))
+        folder = folder / run_key(model, batch, (RELEASED, SWEPT_PROMPTS, chunks, content))
     heads = set(model.components.loc[model.components["kind"] == "head", "component"])
 
     def fire(rows: slice) -> dict[str, pd.DataFrame]:
@@ -588,7 +609,7 @@ def measure(
         return found, notes | dict.fromkeys(TRACED, nothing)
     say("the trace")
     place = folder and folder / "trace"
-    traced = trace_prompts(model, batch, firing_roots, SETTINGS, folder=place, progress=progress)
+    traced = trace_prompts(model, batch, firing_roots, RELEASED, folder=place, progress=progress)
     graph = released_graph(traced, templates_of(batch))
     found |= graph_facts(graph)
     edges = edges_on_firings(graph, firings[firings["score"] >= 0], batch)
@@ -641,12 +662,12 @@ def difference(computed: Any, published: Any) -> float:
     return float(computed != published)
 
 
-def compare(facts: Mapping[str, Any], found: Found, notes: Mapping[str, str]) -> pd.DataFrame:
+def side_by_side(facts: Mapping[str, Any], found: Found, notes: Mapping[str, str]) -> pd.DataFrame:
     """Every leaf of the facts file, one row each, in its order.
 
     Columns: fact, computed, low, high, published, difference, tolerance, verdict ("agrees",
-    "differs", "undefined", "not computed"), note (why there is nothing to compare), how, basis (of
-    the tolerance), why (it may differ). computed and published are JSON. Raises ValueError for a
+    "differs", "undefined", "not computed"), note (why nothing is compared), how, basis (of the
+    tolerance), why (it may differ). computed and published are JSON. Raises ValueError for a
     value that is not finite.
     """
     rows = []
