@@ -529,10 +529,9 @@ def swept_facts(singles: pd.DataFrame, graph: pd.DataFrame) -> Found:
     if some.empty:
         return found
     some = some.assign(F_size=some["F_change"].abs())
-    means = some.groupby([*GRAPH_EDGE, "scope", "control"])[
-        ["F_change", "F_size", "score_change"]
-    ].mean()
-    table = means.mean().rename_axis(columns="measure").stack().rename("value").reset_index()
+    columns = ["F_change", "F_size", "score_change"]
+    means = some.groupby([*GRAPH_EDGE, "scope", "control"])[columns].mean()
+    table = means.rename_axis(columns="measure").stack().rename("value").reset_index()
     rows = sweep_facts(table.assign(mode="ablate"))
     return found | {section + x.fact: _estimate(x.value, x.low, x.high) for x in rows.itertuples()}
 
