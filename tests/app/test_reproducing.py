@@ -12,7 +12,7 @@ from sparse_signals.app.cli import main
 from sparse_signals.app.notebook import published
 from sparse_signals.app.reproducing import page_of, said, verdicts
 from sparse_signals.core.prompts import ioi_prompts
-from sparse_signals.interventions.reproduction import Estimate, catalogue, side_by_side
+from sparse_signals.interventions.published_facts import Estimate, catalogue, side_by_side
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ SWEPT: Sequence[Ends] = [
     (None, "8.6", "end"),
     ("0.9", None, None),
 ]
+SWEPT_PROMPTS = 32  # of which all swept edges are ablated: the dearest part by far
 
 
 # --- roles, firings, graph -----------------------------------------------------------------------
