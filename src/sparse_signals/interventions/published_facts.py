@@ -162,9 +162,9 @@ SAME_PROMPT = "the same prompt: only rounding can differ, or another checkpoint"
 CHOSEN = "a setting"
 RELEASED_GRAPH = "released_graph of a trace with released.RELEASED and released.QUIRKS"
 INTERVENED = (
-    f"{OTHER_PROMPTS}; means are over prompts where a reader fires, as in the released plots; where "
-    "several readers are changed locally, the released code computes all their inputs from the "
-    "clean run"
+    f"{OTHER_PROMPTS}; means are over prompts where a reader fires, as in the released plots; "
+    "where several readers are changed locally, the released code computes all their inputs from "
+    "the clean run"
 )
 FACT_RULES = (
     Rule("setup/prompts", "len(batch.tokens)", _equal, CHOSEN),
