@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help weights book serve lab test refresh processors bench clean
+.PHONY: help weights book serve lab test refresh processors reproduce bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ refresh: weights ## run again the chapters that are out of date, and store their
 processors: export MODEL =
 processors: weights ## run a chapter as on other processors, and compare what it prints
 	$(BIN)/python scripts/processors.py $(NOTEBOOKS)
+
+reproduce: $(READY) ## the published numbers of GPT-2 small, computed again (MODEL=gpt2-small)
+	$(BIN)/sparse-signals reproduce --model "$(or $(MODEL),gpt2-small)"
 
 bench: $(READY) ## measure the speed of the method
 	$(BIN)/python benchmarks/bench.py

@@ -27,6 +27,7 @@ from sparse_signals.app import commands
 from sparse_signals.app.cli import (
     ANSWER_EXAMPLES,
     EXAMPLES,
+    REPRODUCE_EXAMPLES,
     SIGNALS,
     SIGNALS_EXAMPLES,
     TRACE_EXAMPLES,
@@ -159,7 +160,8 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
 
 def examples():
     """What the help and the page in the book tell people to type."""
-    text = f"{EXAMPLES}\n{SIGNALS_EXAMPLES}\n{TRACE_EXAMPLES}\n{ANSWER_EXAMPLES}"
+    parts = (EXAMPLES, SIGNALS_EXAMPLES, TRACE_EXAMPLES, ANSWER_EXAMPLES, REPRODUCE_EXAMPLES)
+    text = "\n".join(parts)
     page = (BOOK / "command-line.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
     found = re.findall(r"^ *sparse-signals (.*?)(?: +#.*)?$", f"{text}\n{shell}", re.MULTILINE)
@@ -170,12 +172,12 @@ def test_examples_are_understood():
     assert len(examples()) >= 10
     for example in examples():
         command = make_parser().parse_args(shlex.split(example)).command
-        assert command in ("signals", "trace", "answer")
+        assert command in ("signals", "trace", "answer", "reproduce")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "example", [x for x in examples() if not re.search("--(model|prompts)", x)]
+    "example", [x for x in examples() if not re.search("--(model|prompts)|reproduce", x)]
 )
 def test_examples_on_the_shipped_model_run(example, said, tmp_path, monkeypatch):
     def few(n, *more, **names):

@@ -13,10 +13,12 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from transformers import AutoTokenizer
 
 import build_book
 import check
 import processors
+import random_gpt2_small
 import refresh
 import vendor_assets
 
@@ -384,3 +386,15 @@ def test_methods_are_compared_on_held_out_prompts(circuits, kind, tmp_path, caps
     size = 0.2 if circuits == "edges" else 40
     assert (f.loc[("secant", size)] > 0.8).all() and (f.loc[("random", size)] < 0.3).all()
     assert f.groupby(level="method").last().eq(1).all()
+
+
+def test_byte_pairs_are_read_as_they_were_published(tmp_path):
+    vocabulary = [*"abĠ", "ab", "Ġab", "<|endoftext|>"]
+    words = {word: number for number, word in enumerate(vocabulary)}
+    (tmp_path / "encoder.json").write_text(json.dumps(words), encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\nĠ ab\n", encoding="utf-8")
+    random_gpt2_small.byte_pairs(tmp_path).save_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab ab a")["input_ids"] == [3, 4, 2, 0]
+    assert tokenizer.decode([3, 4, 2, 0]) == "ab ab a"
+    assert tokenizer.bos_token_id == 5 and len(tokenizer) == 6

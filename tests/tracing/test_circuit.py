@@ -105,6 +105,17 @@ def test_intervals_hold_the_mean_and_shrink_with_agreement(batch):
     assert (table["prompts_low"] == 4).all()  # in every prompt, so in every resample
 
 
+def test_intervals_resample_the_clusters_that_are_given(batch):
+    rows = [(n, n, "0.1", "1.0", "dest", 9, 1, float(n // 2), 1) for n in range(4)]
+    table = edge_table(rows)
+    alone, paired = pool(table, batch).iloc[0], pool(table, batch, clusters=[7, 7, 3, 3]).iloc[0]
+    assert (alone["weight"], alone["prompts"]) == (paired["weight"], paired["prompts"]) == (0.5, 4)
+    # two clusters: in a quarter of the draws both are the first one, in a quarter the second one
+    assert (paired["low"], paired["high"]) == (0, 1)
+    other = pool(table, batch, clusters=[0, 1, 0, 1]).iloc[0]  # every cluster has the mean weight
+    assert other["low"] == other["high"] == 0.5
+
+
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(1)
     rows = [

@@ -100,6 +100,18 @@ FETCH_EXAMPLES = """\
 examples:
   sparse-signals fetch smollm2-135m
 """
+REPRODUCE = """\
+Compute every published number of Franco and Crovella 2024 again, in the way of their released
+code, and say of each whether it agrees: within a tolerance that was fixed before.
+
+Writes to DIR: numbers.md to read, numbers.csv and numbers.parquet. With a GPT-2 of another size or
+other weights the same is computed, and what has no counterpart there is called undefined.
+"""
+REPRODUCE_EXAMPLES = """\
+examples:
+  sparse-signals reproduce
+  sparse-signals reproduce --model path/to/gpt2 --out runs/again
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given and (options.top or options.pooled):
             name = "--top" if options.top else "--pooled"
             parser.error(f"{name} chooses the roots: leave it out, or --root and --firing")
+        if options.command == "reproduce":
+            from sparse_signals.app.reproducing import execute_reproduction
+
+            execute_reproduction(options)
+            return 0
         if options.command == "answer":
             from sparse_signals.app.answering import execute_answer as execute
         elif options.command == "fetch":
@@ -177,6 +194,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="the weights of a model that does not come with the package",
     )
     fetch.add_argument("name", metavar="NAME", choices=FETCHED, help=" or ".join(FETCHED))
+    reproduce = _parser(
+        commands.add_parser,
+        REPRODUCE,
+        REPRODUCE_EXAMPLES,
+        name="reproduce",
+        help="the published numbers of GPT-2 small, computed again and compared",
+    )
+    _add_reproduction(reproduce)
     return parser
 
 
@@ -328,14 +353,15 @@ def _add_settings(command: argparse.ArgumentParser, every: str) -> None:
     _add_output(group, "sparse-signals-out")
 
 
-def _add_output(group: argparse._ArgumentGroup, folder: str) -> None:
+def _add_output(group: argparse._ArgumentGroup, folder: str | None) -> None:
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     group.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path(folder),
-        help=f"folder for the files, which replace older ones (default: {folder})",
+        default=folder and Path(folder),
+        help="folder for the files, which replace older ones (default: "
+        f"{folder or 'runs/reproduce/ and the name of the model'})",
     )
     group.add_argument(
         "--quiet", action="store_true", help="print errors only: no progress, no summary"
@@ -398,6 +424,23 @@ def _add_answer_settings(answer: argparse.ArgumentParser) -> None:
         help="whole paths to keep for every prompt (default: 20)",
     )
     _add_output(group, "sparse-signals-answer")
+
+
+def _add_reproduction(reproduce: argparse.ArgumentParser) -> None:
+    reproduce.add_argument(
+        "--model",
+        metavar="NAME_OR_DIR",
+        default="gpt2-small",
+        help="gpt2-small (the default), or a GPT-2 in a directory in Hugging Face format",
+    )
+    reproduce.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help=".csv with columns text, io and s, such as the paper's own prompts (default: 256 of "
+        "this project's)",
+    )
+    _add_output(reproduce.add_argument_group("settings"), None)
 
 
 # --- values --------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import networkx as nx
+import numpy as np
 import pandas as pd
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import atomic, write_parquet
@@ -90,12 +93,15 @@ def pool(
     quirks: Quirks = Quirks(),
     draws: int = DRAWS,
     seed: int = 0,
+    clusters: ArrayLike | None = None,
 ) -> pd.DataFrame:
     """The edges of a pooled circuit, as in `Circuit`, from the edges of a trace.
 
-    Where an edge occurs several times in a prompt its weight there is the mean. Source: Franco and
+    Where an edge occurs several times in a prompt its weight there is the mean. Intervals resample
+    prompts, or the clusters that the prompts belong to, such as their templates. Source: Franco and
     Crovella 2024, section 5; distinct prompts, intervals and sets of roles are this book's.
     """
+    clusters = np.arange(len(batch.tokens)) if clusters is None else clusters
     roles = roles_of(batch)
     if quirks.last_role:
         roles = roles.groupby(["prompt", "pos"], as_index=False).last()
@@ -115,10 +121,12 @@ def pool(
         each["times"] = each["times"].mask(started, 1)
     else:
         each["times"] = 1
-    return _sorted(_pooled(each, len(batch.tokens), draws, seed))
+    return _sorted(_pooled(each, np.unique(clusters, return_inverse=True)[1], draws, seed))
 
 
-def _pooled(each: pd.DataFrame, of: int, draws: int, seed: int) -> pd.DataFrame:
+def _pooled(
+    each: pd.DataFrame, clusters: Int[np.ndarray, "prompt"], draws: int, seed: int
+) -> pd.DataFrame:
     """Counts, means and bootstrap intervals of every edge; `each` has a row per edge and prompt."""
     groups = each.groupby([*KEY, "role"], sort=False)
     table = groups.agg(
@@ -128,14 +136,14 @@ def _pooled(each: pd.DataFrame, of: int, draws: int, seed: int) -> pd.DataFrame:
         spread=("weight", lambda x: float(x.std(ddof=0))),
         share=("share", "mean"),
     ).reset_index()
-    number, prompt = groups.ngroup().to_numpy(), each["prompt"].to_numpy()
-    times, drawn = each["times"].to_numpy(float), resample(of, draws, seed)
+    number, cluster = groups.ngroup().to_numpy(), clusters[each["prompt"]]
+    times, drawn = each["times"].to_numpy(float), resample(int(clusters.max()) + 1, draws, seed)
     weights = times * each["weight"].to_numpy()
-    found = group_bootstrap(weights, number, prompt, drawn, len(table), times)
+    found = group_bootstrap(weights, number, cluster, drawn, len(table), times)
     table["weight"], table["low"], table["high"] = found
-    counts = group_bootstrap(times, number, prompt, drawn, len(table))
+    counts = group_bootstrap(times, number, cluster, drawn, len(table))
     table["prompts_low"], table["prompts_high"] = counts[1:]
-    return table.assign(of=of)
+    return table.assign(of=len(clusters))
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:
