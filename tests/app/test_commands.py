@@ -172,12 +172,12 @@ def test_examples_are_understood():
     assert len(examples()) >= 10
     for example in examples():
         command = make_parser().parse_args(shlex.split(example)).command
-        assert command in ("signals", "trace", "answer", "reproduce")
+        assert command in ("signals", "trace", "answer", "fetch", "reproduce")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "example", [x for x in examples() if not re.search("--(model|prompts)|reproduce", x)]
+    "example", [x for x in examples() if not re.search("--(model|prompts)|reproduce|^fetch", x)]
 )
 def test_examples_on_the_shipped_model_run(example, said, tmp_path, monkeypatch):
     def few(n, *more, **names):

