@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shipped import shipped
 from sparse_signals.app import answer_page, answering
@@ -15,6 +17,7 @@ from sparse_signals.attribution import answer as module
 from sparse_signals.attribution.answer import reference_mean, trace_answer, vocabulary_mean
 from sparse_signals.attribution.tables import Asked, role_names
 from sparse_signals.core import run as core_run
+from sparse_signals.core.model import activations
 from sparse_signals.core.prompts import encode
 from sparse_signals.core.questions import questions
 from sparse_signals.core.tasks import task_prompts
@@ -24,6 +27,7 @@ MARY = "When Mary and John went to the store, John gave a drink to"
 FLIPPED = MARY.replace("John gave", "Mary gave")
 BOOK = Path(__file__).parents[2] / "book" / "command-line.md"
 NAMELESS = "Then, the bus left and it was late"
+SIZE = 192  # of the stream of the shipped model
 OTHERS = ["Then, the bus left and it was red", "Then, the bus left and it was long"]
 
 
@@ -167,6 +171,60 @@ def test_another_node_can_be_asked(said, out, page):
     assert traced.edges["value"].tolist() == pytest.approx(expected.edges["value"].tolist())
     assert said("answer --n 2 --at mlp1:14 --quiet")[0] == 0
     assert asked_of(out).startswith("what MLP 1 at 14 adds")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_direction_can_be_asked(said, out, page, model, tmp_path, suffix):
+    w = torch.randn(model.d_model, generator=torch.Generator().manual_seed(3))
+    path = tmp_path / f"w{suffix}"
+    if suffix == ".npy":
+        np.save(path, w.double().numpy())
+    else:
+        save_file({"w": w}, path)
+    assert said(f"answer --n 4 --quiet --direction {path}")[0] == 0
+    traced, asked, *_ = page[0]
+    assert asked_of(out) == f"the last stream at the last token along w{suffix}"
+    assert asked.notes == () and "note" not in traced.facts
+    for column, batch in (("f", asked.batch), ("counterfactual_f", asked.counterfactual)):
+        stream = activations(model, batch.tokens, ("resid_post",))["resid_post"][-1]
+        expected = stream[torch.arange(4), batch.last] @ w
+        assert traced.prompts[column].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    change = traced.prompts["f"] - traced.prompts["counterfactual_f"]
+    assert traced.prompts["difference"].tolist() == pytest.approx(change.tolist(), abs=1e-4)
+    into = traced.edges[traced.edges["downstream"] == "answer"]
+    assert set(into["channel"]) == {"direct"} and len(into) > 10
+    view = answer_page.pooled_view(traced, asked, traced.pool(), [0, 1, 2, 3])
+    assert view["title"] == "Why this much along a direction in 4 prompts?"
+    assert view["sentences"][0].startswith("F, the last stream at the last token along w")
+    one = answer_page.prompt_view(traced, asked)
+    assert "logit" not in one["title"] + one["sentences"][0]
+
+
+@pytest.mark.parametrize(("array", "say"), [
+    (np.ones(3), r"has the shape (3,): gpt2-ioi needs"),
+    (np.full(SIZE, np.nan), "not real and finite"),
+    (np.ones(SIZE) * 1j, "not real and finite"),
+    (np.zeros(SIZE), "is 0 everywhere"),
+    (np.array(["a"] * SIZE), "cannot be read"),
+    (np.array([{}], dtype=object), "cannot be read"),
+])  # fmt: skip
+def test_a_direction_that_is_none_is_one_line(refused, tmp_path, array, say):
+    np.save(tmp_path / "w.npy", array)
+    assert say in refused(f"answer --n 2 --direction {tmp_path / 'w.npy'}")
+
+
+def test_files_that_hold_no_direction_are_one_line(refused, tmp_path):
+    save_file({"a": torch.ones(SIZE), "b": torch.ones(SIZE)}, tmp_path / "two.safetensors")
+    for name in ("bad.safetensors", "bad.npy"):
+        (tmp_path / name).write_bytes(b"nothing")
+    told = {
+        "w.txt": "is a .npy or .safetensors file, not w.txt", "none.npy": "cannot be read",
+        "bad.npy": "cannot be read", "bad.safetensors": "cannot be read",
+        "two.safetensors": "has 2 tensors: leave one",
+    }  # fmt: skip
+    for name, say in told.items():
+        assert say in refused(f"answer --n 2 --direction {tmp_path / name}")
+    assert "leave out --at" in refused(f"answer --at 2.4:end --direction {tmp_path / 'w.npy'}")
 
 
 def test_settings_reach_the_trace(said, out):

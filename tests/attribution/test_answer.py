@@ -29,6 +29,7 @@ from sparse_signals.attribution.tables import (
     node_of,
     place_name,
     role_names,
+    values_of,
 )
 from sparse_signals.core.model import load_model
 from sparse_signals.core.prompts import encode, ioi_prompts
@@ -66,6 +67,15 @@ def test_all_edges_together_carry_the_whole_difference(runs, asked):
     assert close(carried(runs, found, edges), whole)
     some = edges[torch.arange(len(edges)) % 3 > 0]
     assert not close(carried(runs, found, some), whole, 1e-2)
+
+
+@pytest.mark.parametrize("asked", STREAMS, ids=str)
+def test_a_stream_along_a_direction_has_values_of_its_own(runs, asked):
+    found, whole = started(runs, asked)
+    first, second = values_of(runs, found.node)
+    assert close(first - second, whole) and float(first.abs().min()) > 1e-3
+    nodes = (started(runs, x)[0].node for x in (None, Asked("1.2", 8)))
+    assert all(values_of(runs, node) is runs.values for node in nodes)
 
 
 def test_edges_are_those_of_edge_shares_split_by_destination(runs):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparse_signals.app.directions import ALONG
 from sparse_signals.app.page import answer_table, fill_page
 from sparse_signals.attribution.answer import AnswerTrace
 from sparse_signals.charts.attribution import numbered
@@ -63,11 +64,11 @@ def prompt_view(traced: AnswerTrace, asked: Questions) -> dict[str, Any]:
     ]
     first, second = fmt(row["f"]), fmt(row["counterfactual_f"])
     return {
-        "title": f"Why “{right}” rather than “{wrong}”?" if wrong else f"Why “{right}”?",
+        "title": _title(traced, right, wrong),
         "tokens": tokens,
         "differs": other is not None,
         "sentences": [
-            f"{_asked(asked, right, wrong)} is {first} here, and {second} "
+            f"{_asked(traced, asked, right, wrong)} is {first} here, and {second} "
             f"{'in the counterfactual' if other else 'in what it is compared with'}. "
             + _split(traced)
         ],
@@ -93,11 +94,11 @@ def pooled_view(
         len(shown) < len(traced.prompts)
     )
     return {
-        "title": f"Why these answers to {len(asked):,} prompts?",
+        "title": f"Why {_these(traced)} {len(asked):,} prompts?",
         "tokens": None,
         "differs": asked.counterfactual is not None,
         "sentences": [
-            f"F, the {asked.objective.what}, is {fmt(mean['f'])} on average, and "
+            f"{_asked_of_all(traced, asked)} is {fmt(mean['f'])} on average, and "
             f"{fmt(mean['counterfactual_f'])} in what the prompts are compared with. "
             + _split(traced)
         ],
@@ -117,8 +118,31 @@ def pooled_view(
     }
 
 
-def _asked(asked: Questions, right: str, wrong: str) -> str:
+def _title(traced: AnswerTrace, right: str, wrong: str) -> str:
+    """The question of one prompt."""
+    if _along(traced):
+        return "Why this much along a direction?"
+    return f"Why “{right}” rather than “{wrong}”?" if wrong else f"Why “{right}”?"
+
+
+def _these(traced: AnswerTrace) -> str:
+    return "this much along a direction in" if _along(traced) else "these answers to"
+
+
+def _along(traced: AnswerTrace) -> bool:
+    """Whether F is a direction of the last stream, and no answer."""
+    return traced.facts["asked"].startswith(ALONG)
+
+
+def _asked_of_all(traced: AnswerTrace, asked: Questions) -> str:
+    """F of many prompts in words."""
+    return f"F, {traced.facts['asked'] if _along(traced) else f'the {asked.objective.what}'},"
+
+
+def _asked(traced: AnswerTrace, asked: Questions, right: str, wrong: str) -> str:
     """F of one prompt in words."""
+    if _along(traced):
+        return f"F, {traced.facts['asked']},"
     if asked.objective.logarithm:
         return f"The logarithm of the probability of “{right}”"
     return f"The logit of “{right}” less that of “{wrong}”"

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from sparse_signals.app.commands import (
     CHUNKS,
@@ -23,6 +25,7 @@ from sparse_signals.app.commands import (
     say,
     warnings_said,
 )
+from sparse_signals.app.directions import ALONG, read_direction
 from sparse_signals.app.errors import PROGRAM, UsageError
 from sparse_signals.attribution.aligned import AlignedRuns, Counterfactual, ShareError
 from sparse_signals.attribution.answer import (
@@ -53,20 +56,30 @@ STRONGEST_EDGES = ["upstream", "role", "channel", "downstream", "dest_role"]
 class AnswerJob(Job[AnswerSettings]):
     """A command line that has been understood, with what is asked and what prompts are compared to.
 
-    `compared` says the latter in words.
+    `compared` says the latter in words. `direction`: F is w·x of the last stream along it.
     """
 
     questions: Questions
     reference: Counterfactual
     compared: str
+    direction: Float[Tensor, "d"] | None
 
     @cached_property
     def folder(self) -> Path:
         """Where this run keeps what it has, and no run of other settings looks."""
         asked, other = self.questions, self.reference
         tokens = other.tokens.tolist() if isinstance(other, Batch) else self.compared
-        given = (self.settings, self.chunks, self.options.at, asked.right, asked.wrong, tokens)
+        along = None if self.direction is None else self.direction.tolist()
+        what = (self.options.at, along, asked.right, asked.wrong)
+        given = (self.settings, self.chunks, what, tokens)
         return self.partial / run_key(self.model, self.batch, given)
+
+    @property
+    def asked(self) -> Asked | None:
+        """What F is, in the place of the answer."""
+        if self.direction is not None:
+            return Asked(f"stream {self.model.n_layers}", "end", self.direction)
+        return Asked(*self.options.at) if self.options.at else None
 
     @cached_property
     def chunks(self) -> list[slice]:
@@ -89,9 +102,12 @@ def understand_questions(options: Namespace, started: float) -> AnswerJob:
         raise UsageError(f"--{error}") from error
     check_ways(options)
     model = open_model(options)
+    direction = None if options.direction is None else read_direction(options.direction, model)
     with warnings_said(options):
         table, compared = with_flip(*question_table(options, model), model, options.bos)
         asked = questions(model, table, bos=options.bos)
+    if direction is not None:
+        asked = replace(asked, notes=())  # which are about answers
     for note in asked.notes:
         say(options, note)
     reference, compared = (asked.counterfactual, compared)
@@ -100,7 +116,7 @@ def understand_questions(options: Namespace, started: float) -> AnswerJob:
         say(options, f"compared with {compared}")
     out = open_folder(options.out)
     return AnswerJob(
-        options, model, asked.batch, settings, out, started, asked, reference, compared
+        options, model, asked.batch, settings, out, started, asked, reference, compared, direction
     )
 
 
@@ -118,6 +134,10 @@ def check_ways(options: Namespace) -> None:
                 f"--{name} is there {len(values)}× for {len(options.prompt)} prompts: give it once "
                 "for each, in order"
             )
+    if options.direction and (options.at or options.answer or options.wrong):
+        raise UsageError(
+            "--direction is asked instead of an answer: leave out --at, --answer, --wrong"
+        )
     if options.kind and (options.prompt or options.prompts):
         raise UsageError("--kind is a counterfactual of a --task: leave it out")
 
@@ -196,7 +216,7 @@ def run_answer(job: AnswerJob) -> str:
         job.batch,
         job.reference,
         objective=asked.objective,
-        asked=Asked(*job.options.at) if job.options.at else None,
+        asked=job.asked,
         settings=job.settings,
         folder=job.folder / CHUNKS,
         progress=not job.options.quiet,
@@ -237,8 +257,11 @@ def pooled_edges(traced: AnswerTrace, clusters: list[int]) -> pd.DataFrame:
 
 def facts_of(job: AnswerJob, traced: AnswerTrace) -> dict[str, str]:
     """What was traced and how, for every file."""
-    asked = describe_asked(job.model, job.questions)
-    where = f"what {traced.facts['asked']} adds to " if job.options.at else ""
+    asked, where = describe_asked(job.model, job.questions), ""
+    if job.options.direction:
+        asked = f"{ALONG} {job.options.direction.name}"
+    elif job.options.at:
+        where = f"what {traced.facts['asked']} adds to "
     return {
         "model": job.model.name,
         "prompts": describe_questions(job),

@@ -403,6 +403,13 @@ def _add_answer_settings(answer: argparse.ArgumentParser) -> None:
         "'MLP 1:S2', a role or a position",
     )
     group.add_argument(
+        "--direction",
+        metavar="FILE",
+        type=Path,
+        help="ask w·x instead of the answer: w of a .npy or .safetensors file, x the stream at the "
+        "last token, after the last layer and before the last normalisation",
+    )
+    group.add_argument(
         "--part",
         metavar="F",
         type=number,

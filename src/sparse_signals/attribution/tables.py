@@ -122,7 +122,7 @@ def tables_of(
     whole, edges = change_of(runs, found.node), find_edges(runs, found, settings.least)
     graph, explained = smallest_graph(runs, found, edges, settings.part)
     count = torch.bincount(edges.prompt[graph], minlength=len(whole))
-    first, second = runs.values
+    first, second = values_of(runs, found.node)
     prompts = {
         "prompt": torch.arange(len(whole)), "f": first, "counterfactual_f": second,
         "difference": whole, "flat": torch.bincount(edges.prompt, minlength=len(whole)) == 0,
@@ -136,6 +136,19 @@ def tables_of(
         "paths": _path_table(runs, ways, ends, whole, settings.paths),
         "comparisons": _comparison_table(runs, found, edges[graph], whole),
     }
+
+
+def values_of(
+    runs: AlignedRuns, node: Node
+) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]:
+    """F of both runs: of a stream along a direction, or else of the answer."""
+    if node.part != "stream" or node is runs.answer:
+        return runs.values
+    prompt = torch.arange(len(runs.last), device=runs.last.device)
+    late = node.layer == runs.model.n_layers
+    streams = (x.x if late else x.layers[node.layer].x[prompt, node.place] for x in runs.ends)
+    first, second = (torch.linalg.vecdot(x, node.direction) for x in streams)
+    return first, second
 
 
 def smallest_graph(
