@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from random_models import NEOX, ROPES, ROTARY, save_random_model
+from random_models import ROPES, ROTARY, save_random_model
 from sparse_signals.attribution.record import record
 from sparse_signals.core.model import activations, load_model, logits
 from sparse_signals.core.rotary import rotation
@@ -15,7 +15,6 @@ KINDS = {
     "mistral": ROTARY,
     "qwen2": ROTARY,
     "qwen3": {**ROTARY, "head_dim": 8},
-    "gpt_neox": NEOX,
 }
 
 
