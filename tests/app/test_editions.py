@@ -97,7 +97,7 @@ def test_the_digest_follows_the_shipped_weights(tmp_path, monkeypatch):
     weights = tmp_path / "gpt2-ioi"
     weights.mkdir()
     (weights / "model").write_text("1")
-    monkeypatch.setattr(editions, "WEIGHTS", weights)
+    monkeypatch.setattr(editions, "SHIPPED", weights)
     ours, others = (chapter(f'm = open_chapter("x", "{name}")') for name in ("gpt2-ioi", "y"))
     before = fingerprint(ours), fingerprint(others)
     (weights / "model").write_text("2")

@@ -41,6 +41,8 @@ def relevance_readers(model: Model, tokens, direction) -> dict[str, torch.Tensor
             for name in "QKV":
                 W, b = own(attn, name, h, model)
                 y[name] = held(model, block.ln1, x + added[name.lower()][layer, h]) @ W + b
+            if model.head_gains:
+                y["Q"], y["K"] = held(model, attn.q_norm, y["Q"]), held(model, attn.k_norm, y["K"])
             scores = turned(model, y["Q"]) @ turned(model, y["K"]).T / model.divisor[layer]
             A = scores.masked_fill(~past, -torch.inf).softmax(-1)
             moved = A @ y["V"] @ attn.W_O[h]
@@ -50,7 +52,7 @@ def relevance_readers(model: Model, tokens, direction) -> dict[str, torch.Tensor
         bias = torch.zeros(T, d).double() + (0 if attn.b_O is None else attn.b_O)
         mid, mlp = mid + bias, block.mlp
         wrote.append(bias)
-        n = held(model, block.ln2, mid + added["mlp"][layer])
+        n = held(model, block.ln2, (x if model.parallel else mid) + added["mlp"][layer])
         first = n @ mlp.W_in + (0 if mlp.b_in is None else mlp.b_in)
         gate = first
         if mlp.W_gate is not None:

@@ -23,7 +23,7 @@ STORED = ("gpt2-ioi", "smollm2-135m")  # whose outputs come with the book
 OFFERED = (*STORED, "gpt2-small")  # of which each page speaks
 OPEN_CALL = re.compile(r'open_chapter\("([\w-]+)", "([^"]+)"\)')
 PACKAGE = Path(__file__).parents[1]
-WEIGHTS = PACKAGE / "assets" / "gpt2-ioi"
+SHIPPED = PACKAGE / "assets" / "gpt2-ioi"
 VERSIONS = ("sparse-signals", "torch", "transformers", "transformer-lens")
 
 
@@ -82,8 +82,8 @@ def fingerprint(notebook: Any) -> str:
     digest = sha256("\0".join(cells).encode())
     for name in sorted(reached):
         digest.update(_essence(_file(name).read_text(encoding="utf-8")).encode())
-    if opens_on(notebook) == WEIGHTS.name:
-        for path in sorted(WEIGHTS.iterdir()):
+    if opens_on(notebook) == SHIPPED.name:
+        for path in sorted(SHIPPED.iterdir()):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

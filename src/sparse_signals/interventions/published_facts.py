@@ -59,7 +59,7 @@ class Uncomputed:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Comparison:
     """How the facts whose path matches a pattern are computed."""
 
     pattern: str
@@ -153,7 +153,7 @@ OTHER_PROMPTS = (
 OTHER_GRAPH = (
     "the graph depends on the prompts, which are not the paper's, and on their order (first_writer)"
 )
-WEIGHTS = (
+OF_WEIGHTS = (
     "only rounding can differ, or another checkpoint; Ω has its bias row and column, as in the "
     "released code"
 )
@@ -167,88 +167,96 @@ INTERVENED = (
     "the clean run"
 )
 FACT_RULES = (
-    Rule("setup/prompts", "len(batch.tokens)", _equal, CHOSEN),
-    Rule("setup/bos", "encode(…, bos=False)", _equal, CHOSEN),
-    Rule("setup/(firing|support|contribution)_.*", "released.RELEASED", _equal, CHOSEN),
-    Rule("setup/root.*", "released_roots", _equal, CHOSEN),
-    Rule("setup/mean_end_position", "Batch.last", _rounded, OTHER_PROMPTS),
-    Rule("setup/(distinct_.*|abba|baba)", "Batch.tokens, Batch.roles", _equal, OTHER_PROMPTS),
-    Rule("logit_diff/mean", "logit_difference", _of_spread(1.0), OTHER_PROMPTS),
-    Rule("logit_diff/sd", "logit_difference", _of_spread(0.5**0.5), OTHER_PROMPTS),
-    Rule("logit_diff/median", "logit_difference", _of_spread(1.2533), OTHER_PROMPTS),
-    Rule("logit_diff/m(in|ax)", "logit_difference", _of_extreme, OTHER_PROMPTS),
-    Rule("logit_diff/share_positive", "logit_difference", _of_share, OTHER_PROMPTS),
-    Rule("firings_ioi/.*", "released_firings, any sign of the score", _of_events, OTHER_PROMPTS),
-    Rule("support_size_mean_ioi/.*", "released_firings, signals.support", _of_mean, OTHER_PROMPTS),
-    Rule("nfiring_heads/.*", "released_firings, score ≥ 0", _of_events, OTHER_PROMPTS),
-    Rule("root_prompts/.*", "released_firings from end to IO", _of_count, OTHER_PROMPTS),
-    Rule("head_9_9_end_to_IO/firings", "released_firings from end to IO", _of_count, OTHER_PROMPTS),
-    Rule("head_9_9_end_to_IO/support_total", "signals.support, summed", _of_mean, OTHER_PROMPTS),
-    Rule(
+    Comparison("setup/prompts", "len(batch.tokens)", _equal, CHOSEN),
+    Comparison("setup/bos", "encode(…, bos=False)", _equal, CHOSEN),
+    Comparison("setup/(firing|support|contribution)_.*", "released.RELEASED", _equal, CHOSEN),
+    Comparison("setup/root.*", "released_roots", _equal, CHOSEN),
+    Comparison("setup/mean_end_position", "Batch.last", _rounded, OTHER_PROMPTS),
+    Comparison("setup/(distinct_.*|abba|baba)", "Batch.tokens, Batch.roles", _equal, OTHER_PROMPTS),
+    Comparison("logit_diff/mean", "logit_difference", _of_spread(1.0), OTHER_PROMPTS),
+    Comparison("logit_diff/sd", "logit_difference", _of_spread(0.5**0.5), OTHER_PROMPTS),
+    Comparison("logit_diff/median", "logit_difference", _of_spread(1.2533), OTHER_PROMPTS),
+    Comparison("logit_diff/m(in|ax)", "logit_difference", _of_extreme, OTHER_PROMPTS),
+    Comparison("logit_diff/share_positive", "logit_difference", _of_share, OTHER_PROMPTS),
+    Comparison(
+        "firings_ioi/.*", "released_firings, any sign of the score", _of_events, OTHER_PROMPTS
+    ),
+    Comparison(
+        "support_size_mean_ioi/.*", "released_firings, signals.support", _of_mean, OTHER_PROMPTS
+    ),
+    Comparison("nfiring_heads/.*", "released_firings, score ≥ 0", _of_events, OTHER_PROMPTS),
+    Comparison("root_prompts/.*", "released_firings from end to IO", _of_count, OTHER_PROMPTS),
+    Comparison(
+        "head_9_9_end_to_IO/firings", "released_firings from end to IO", _of_count, OTHER_PROMPTS
+    ),
+    Comparison(
+        "head_9_9_end_to_IO/support_total", "signals.support, summed", _of_mean, OTHER_PROMPTS
+    ),
+    Comparison(
         "head_9_9_end_to_IO/vectors_in_at_least_100",
         "signals.support",
         _of_vectors,
         f"{OTHER_PROMPTS}; vectors with nearly equal σ may change places",
     ),
-    Rule(
+    Comparison(
         "head_9_9_end_to_IO/name_projection_auc",
         "‖P_V x̃‖ of all tokens but the first, stats.auc",
         _of_auc,
         PROJECTED,
     ),
-    Rule(
+    Comparison(
         "head_9_9_end_to_IO/(name|other)_projection_mean",
         "‖P_V x̃‖ of all tokens but the first",
         _of_mean,
         PROJECTED,
     ),
-    Rule("slices_8_6_prompt_6/score_unscaled", "slices × √r", _of_weights, SAME_PROMPT),
-    Rule(
+    Comparison("slices_8_6_prompt_6/score_unscaled", "slices × √r", _of_weights, SAME_PROMPT),
+    Comparison(
         "slices_8_6_prompt_6/support",
         "signals.support",
         _equal,
         f"{SAME_PROMPT}; vectors with nearly equal σ may change places",
     ),
-    Rule("plain_omega_singular_values/.*", "svd.head_table", _of_weights, WEIGHTS),
-    Rule(
+    Comparison("plain_omega_singular_values/.*", "svd.head_table", _of_weights, OF_WEIGHTS),
+    Comparison(
         "graph/(nodes|edges|contribution_edges|heads)",
         f"{RELEASED_GRAPH}; graph_sizes",
         _of_mean,
         OTHER_GRAPH,
     ),
-    Rule("edges_by_.*/count", RELEASED_GRAPH, _of_count, OTHER_GRAPH),
-    Rule("edges_by_.*/weight", RELEASED_GRAPH, _of_fifth, OTHER_GRAPH),
-    Rule(
+    Comparison("edges_by_.*/count", RELEASED_GRAPH, _of_count, OTHER_GRAPH),
+    Comparison("edges_by_.*/weight", RELEASED_GRAPH, _of_fifth, OTHER_GRAPH),
+    Comparison(
         "multi_edge_mean_change_in_logit_diff/.*/prompts", "released_effects", _of_count, INTERVENED
     ),
-    Rule(
+    Comparison(
         "multi_edge_mean_change_in_logit_diff/.*(global|local)(/.)?",
         "released_effects, F_change",
         _of_effect,
         INTERVENED,
     ),
-    Rule(
+    Comparison(
         "single_edge_mean_change/.*/logit_diff",
         "released_effects, F_change",
         _of_effect,
         OTHER_GRAPH,
     ),
-    Rule(
+    Comparison(
         "single_edge_mean_change/.*/score",
         "released_effects, score_change",
         _of_effect,
         OTHER_GRAPH,
     ),
-    Rule(
+    Comparison(
         "intervention_summary/edges", "edges of the graph in released.SWEPT", _of_mean, OTHER_GRAPH
     ),
-    Rule(
+    Comparison(
         "intervention_summary/share_.*",
         f"released_effects on the first {SWEPT_PROMPTS} prompts, sweep_facts",
         _of_edge_share,
         OTHER_GRAPH,
     ),
-    Rule(
+    Comparison(
         "intervention_summary/mean_abs_.*",
         f"released_effects on the first {SWEPT_PROMPTS} prompts, sweep_facts",
         _of_fifth,
