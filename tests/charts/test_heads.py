@@ -117,6 +117,11 @@ def test_title_of_spectra_counts_heads_for_each_null():
     )
 
 
+def test_a_count_that_no_draw_changes_needs_no_interval():
+    assert charts.span(pd.Series({"value": 28, "low": 28.0, "high": 28.0})) == "28"
+    assert charts.span(pd.Series({"value": 28, "low": 24.0, "high": 28.0})) == "28 (24–28)"
+
+
 def test_slider_opens_where_the_scores_are_nearly_right():
     assert spec_of(partial_sums)["params"][0]["value"] == 3
     assert "first 3 of 3" in title(chart_of(partial_sums))

@@ -74,3 +74,4 @@ def test_counts_of_none_and_of_all_are_words(n, words):
 
 def test_a_share_with_its_interval():
     assert percent_interval(0.914, 0.83, 1.0) == "91\u00a0% [83, 100]"
+    assert percent_interval(-0.02, -0.083, 0.07) == "−2\u00a0% [−8, 7]"

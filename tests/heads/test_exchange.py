@@ -8,8 +8,8 @@ import sparse_signals as ss
 from batches import plain_batch
 from sparse_signals.heads.exchange import (
     exchange_effects,
-    exchanged,
     head_effects,
+    repetition_verdict,
     share_that_follow,
 )
 
@@ -35,18 +35,6 @@ def ran(tiny_gpt2, tokens):
 
 def look(ran, layer, head, place, attention):
     ran.pattern[layer, torch.arange(2 * N), head, LAST, place] = torch.as_tensor(attention).double()
-
-
-def test_exchanged_prompts_differ_in_the_giver_alone():
-    prompts = ss.ioi_prompts(6, seed=1)
-    other = exchanged(prompts)
-    for one, two in zip(prompts.itertuples(), other.itertuples(), strict=True):
-        words = list(zip(one.text.split(), two.text.split(), strict=True))
-        different = [(a.strip(",."), b.strip(",.")) for a, b in words if a != b]
-        assert different == [(one.s, one.io)]
-        assert (two.io, two.s, two.text.count(two.s)) == (one.s, one.io, 2)
-        assert {one.order, two.order} == {"ABBA", "BABA"}
-    pd.testing.assert_frame_equal(exchanged(other), prompts)
 
 
 def test_a_head_that_follows_repetition_and_one_that_follows_the_place(ran):
@@ -76,3 +64,11 @@ def test_share_that_follows_has_an_interval_over_templates(ran):
     effects = exchange_effects(ran).query("name == '0.0'")
     found = share_that_follow(effects).loc["follows"]
     assert found["value"] == 0.75 and found["low"] < 0.6 and found["high"] == 1
+
+
+@pytest.mark.parametrize(("low", "high", "words"), [
+    (0.51, 0.9, "decides"), (0.2, 0.49, "does not decide"), (0.4, 0.6, "may or may not decide"),
+])  # fmt: skip
+def test_the_verdict_needs_the_whole_interval_on_one_side_of_a_half(low, high, words):
+    row = {"value": (low + high) / 2, "low": low, "high": high}
+    assert repetition_verdict(pd.DataFrame({"follows": row}).T) == words

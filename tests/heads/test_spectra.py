@@ -8,6 +8,7 @@ from sparse_signals.core.run import run
 from sparse_signals.core.stats import participation_ratio
 from sparse_signals.heads.scores import scores as all_scores
 from sparse_signals.heads.spectra import (
+    basis_verdicts,
     choice_shares,
     choices_kept,
     coordinate_table,
@@ -181,3 +182,15 @@ def test_prompts_of_one_template_are_drawn_together():
     shares, _ = choice_shares(right, total, [1], clusters=[0, 0, 1, 1])
     assert set(shares["value"]) == {0.5}
     assert (set(shares["low"]), set(shares["high"])) == ({0.0}, {1.0})
+
+
+def test_a_basis_beats_random_ones_where_it_does_in_all_sentences():
+    """Three heads, ten sentences: always better, always worse, better in half of them."""
+    total = torch.full((20,), 4)
+    random = torch.full((2, 1, 1, 3, 20), 2)
+    ours = torch.tensor([4, 0, 0]).view(3, 1).expand(3, 20).clone()
+    ours[2, ::4], ours[2, 1::4] = 4, 4  # both prompts of every other sentence
+    right = torch.cat([ours.view(1, 1, 1, 3, 20), random])
+    table = basis_verdicts(right, total, 0, clusters=np.arange(20) // 2)
+    assert table["verdict"].tolist() == ["better", "worse", "undecided"]
+    np.testing.assert_allclose(table["gain"], [0.5, -0.5, 0])

@@ -214,8 +214,9 @@ def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def _strip(table: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
+    whole = (100 * table["attention"]).round().astype(int)
     packed = (
-        table.assign(name=head_names(table), value=table["attention"].map(lambda a: f"{a:.3f}"))
+        table.assign(name=head_names(table), value=whole.astype(str))
         .groupby(["pair", "name", "order"], as_index=False)["value"].agg(" ".join)
     )  # fmt: skip
     return (
@@ -225,14 +226,14 @@ def _strip(table: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
         .transform_calculate(value="split(datum.value, ' ')")
         .transform_flatten(["value"])
         .transform_window(n="row_number()", groupby=["order"])
-        .transform_calculate(attention="toNumber(datum.value)", jitter="(datum.n * 7) % 11")
+        .transform_calculate(attention="toNumber(datum.value) / 100", jitter="(datum.n * 7) % 11")
         .mark_point(opacity=0.7)
         .encode(
             alt.X("attention:Q").scale(domain=[0, 1]).axis(format="%")
             .title("attention of the chosen head, one point a prompt"),
             alt.Y("order:N").title("order of names"),
             yOffset=alt.YOffset("jitter:Q"),
-            tooltip=["order:N", alt.Tooltip("attention:Q", format=".1%")],
+            tooltip=["order:N", alt.Tooltip("attention:Q", format=".0%")],
             color=alt.Color("order:N").legend(None),
             shape=alt.Shape("order:N").legend(None),
         )
@@ -417,7 +418,7 @@ def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopL
     )
     base = base.encode(
         alt.X("place:Q").title("place: attention to the first minus the second name")
-        .axis(format="%"),
+        .axis(format="%", tickCount=6),
         alt.Y("repetition:Q").title("repetition: to the name not repeated, minus the other")
         .axis(format="%"),
     )  # fmt: skip
@@ -445,8 +446,7 @@ def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopL
         "the name that is not repeated; to the right: to the name that comes first. Shapes and "
         f"colours say which of the two is clearly not zero. {title}."
     )
-    chart = alt.layer(*rules, dots, text).resolve_scale(color="independent", shape="independent")
-    return finish(chart, title, description)
+    return finish(alt.layer(*rules, dots, text), title, description)
 
 
 def _by_layer(chart: alt.Chart, table: pd.DataFrame) -> alt.Chart:

@@ -131,6 +131,12 @@ def _error(off: pd.Series) -> Layered:
     return alt.layer(line, dot, text)
 
 
+def span(count: pd.Series) -> str:
+    """A count with its interval, for people: "25 (24–26)"; alone where all draws agree with it."""
+    value, low, high = (int(count[name]) for name in ("value", "low", "high"))
+    return str(value) if low == high == value else f"{value} ({low}–{high})"
+
+
 def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevelMixin:
     """How often K directions find the right source: singular vectors against random directions.
 
@@ -140,10 +146,7 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
     head = menu("shown", distinct(shares["name"]), "Heads")
     count = needed.set_index("basis")
     bases = list(count.index)
-    found = " against ".join(
-        f"{fmt(count['value'][b])} {b} ({fmt(count['low'][b], 2)}–{fmt(count['high'][b], 2)})"
-        for b in bases
-    )
+    found = " against ".join(f"{span(count.loc[b])} {b}" for b in bases)
     title = f"To find the right source at 95 % of destinations takes {found}, of {of}, all heads"
     values = ["K", "value", "low", "high"]
     base = (
@@ -309,10 +312,11 @@ def head_spectra(
         name="chosen_name", fields=["name"], value=[{"name": start}], on="click", empty=False,
         bind={"name": alt.binding_select(options=names, name="Head ")},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    title = "; ".join(
+    counted = "; ".join(
         f"{_counts(heads.loc[heads['null'] == name, 'verdict'])} random matrices of the same {name}"
         for name in nulls
     )
+    title = counted[0].upper() + counted[1:]
     description = (
         "A grid of layers and heads: how many directions share σ², against random matrices, and "
         f"below it all singular values of the chosen head with the random band. {title}."
@@ -372,7 +376,10 @@ def _spectrum(
         x,
         y,
         alt.Y2("high:Q"),
-        alt.Opacity("text:N").title(None).scale(range=[0.3, 0.3]).legend(orient="bottom"),
+        alt.Opacity("text:N")
+        .title(None)
+        .scale(range=[0.3, 0.3])
+        .legend(orient="bottom", labelLimit=320),
     )
     area = area.transform_calculate(text=f"'95 % of random heads of the same {null}'")
     line = (

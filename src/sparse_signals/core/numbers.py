@@ -44,11 +44,6 @@ def percent(share: float | np.floating) -> str:
     return f"{number}\u00a0%"  # a line never breaks there
 
 
-def percent_interval(value: float, low: float, high: float) -> str:
-    """A share with its interval, as people say it: 91 % [83, 100]."""
-    return f"{percent(value)} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
 def count_of(n: int | np.integer, total: int, what: str) -> str:
     """How many of all, in words where that is none or all: "none of the 24 heads"."""
     words = {0: "none of the", total: "all"}
@@ -58,6 +53,12 @@ def count_of(n: int | np.integer, total: int, what: str) -> str:
 def signed_percent(share: float | np.floating) -> str:
     """A share that may be negative, as people say it: −0.031 is "−3 %"."""
     return f"−{percent(-share)}" if share < 0 else percent(share)
+
+
+def percent_interval(value: float, low: float, high: float) -> str:
+    """A share with its interval, as people say it: 91 % [83, 100]."""
+    ends = ", ".join(f"{100 * end:.0f}" for end in (low, high))
+    return f"{signed_percent(value)} [{ends.replace('-', '−')}]"
 
 
 def round_significant(value: Any, digits: int = 4) -> Any:

@@ -14,23 +14,6 @@ from sparse_signals.core.stats import bootstrap, false_discovery, sign_flip
 from sparse_signals.heads.protagonist import template_of
 
 MOVERS = ["repetition", "place"]
-OTHER_ORDER = {"ABBA": "BABA", "BABA": "ABBA"}
-
-
-def exchanged(prompts: pd.DataFrame) -> pd.DataFrame:
-    """The same prompts, in which the other one of the two names gives: IO and S change places.
-
-    prompts: the table of `ioi_prompts`, with a repeated giver.
-
-    >>> prompts = ss.ioi_prompts(1, names=["Mary", "John"], order="ABBA")
-    >>> other = exchanged(prompts)
-    >>> other.order.item(), other.io.item() == prompts.s.item()
-    ('BABA', True)
-    """
-    parts = [row.text.rsplit(row.s, 1) for row in prompts.itertuples()]
-    texts = [before + io + after for (before, after), io in zip(parts, prompts["io"], strict=True)]
-    order = prompts["order"].map(OTHER_ORDER)
-    return prompts.assign(text=texts, io=prompts["s"], s=prompts["io"], order=order)
 
 
 def exchange_effects(run: Run) -> pd.DataFrame:
@@ -82,3 +65,14 @@ def share_that_follow(effects: pd.DataFrame) -> pd.DataFrame:
     """Of one head, the mean of follows, repetition and place with 95 % intervals over templates."""
     table = effects[["follows", *MOVERS]].astype(float)
     return bootstrap(table, effects["template"]).set_index("measure")
+
+
+def repetition_verdict(found: pd.DataFrame) -> str:
+    """Whether repetition decides where a head looks, as the interval of follows lies about 1/2.
+
+    found: of `share_that_follow`. "decides", "does not decide", or "may or may not decide".
+    """
+    low, high = found.loc["follows", ["low", "high"]]
+    if low > 0.5:
+        return "decides"
+    return "does not decide" if high < 0.5 else "may or may not decide"

@@ -18,6 +18,7 @@ from sparse_signals.core.stats import (
     participation_ratio,
     random_rotation,
     resample,
+    sign_flip,
 )
 from sparse_signals.heads.svd import HeadSVD, QKForms, head_svd
 
@@ -273,6 +274,31 @@ def choice_shares(
         columns = {"basis": basis, "value": _needed(value.mean(0), counts), "low": low}
         needed.append(columns | {"high": high})
     return pd.concat(shares, ignore_index=True), pd.DataFrame(needed)
+
+
+def basis_verdicts(
+    right: Int[Tensor, "basis count layer head prompt"],
+    total: Int[Tensor, "prompt"],
+    count: int,
+    clusters: ArrayLike,
+    rate: float = 0.05,
+) -> pd.DataFrame:
+    """Whether singular vectors find the right source more often than random directions do.
+
+    right, total: of `choices_kept`; count: the place in its `counts`. The gain is the share of
+    right choices minus the mean share over random directions, in every cluster, whose signs are
+    flipped; false-discovery rate over all heads. One row per head: layer, head, name, gain,
+    verdict ("better", "worse" or "undecided").
+    """
+    more = (right[0, count] - right[1:, count].double().mean(0)).flatten(0, 1).numpy()
+    names, cluster = np.unique(clusters, return_inverse=True)
+    member = (cluster == np.arange(len(names))[:, None]).astype(float)
+    gains = (more @ member.T) / (member @ total.double().numpy())  # head, cluster
+    real = false_discovery(sign_flip(gains)) <= rate
+    mean = gains.mean(1)
+    verdict = np.where(real, np.where(mean > 0, "better", "worse"), "undecided")
+    shape = tuple(right.shape[2:4])
+    return _head_rows(shape, {"gain": mean, "verdict": verdict}, ["layer", "head"])
 
 
 def _needed(share: Float[Tensor, "... count"], counts: Sequence[int]) -> Int[np.ndarray, "..."]:
