@@ -7,6 +7,7 @@ import pytest
 from drawing import title
 from sparse_signals.charts.attention import (
     attention_explorer,
+    giver_effects,
     log_odds,
     pair_share,
     part_shares,
@@ -97,12 +98,12 @@ def test_role_chart_names_the_strongest_head_of_each_pair(strong):
 
 
 @pytest.mark.parametrize(("scores", "found"), [
-    ([0.0, 2.0, 1.0], "“b” 67 % of its attention: its score is 1.0 above"),
-    ([9.0, 2.0, 1.0], "“a” 100 % of its attention: its score is 7.0 above"),
+    ([0.0, 2.0, 1.0], "“b” 67 % of its attention, with a score 1.0 above"),
+    ([9.0, 2.0, 1.0], "“a” 100 % of its attention, with a score 7.0 above"),
 ])  # fmt: skip
 def test_softmax_bars_name_the_favourite(scores, found):
     chart = softmax_bars(pd.DataFrame({"label": ["a", "b", "c"], "score": scores}), "2.3")
-    assert found in text(chart) and "Head 2.3" in text(chart)
+    assert found in text(chart) and "own scores: head 2.3" in text(chart)
     spec = chart.to_dict()
     assert spec["description"]
     assert {"token", "extra"} <= {p["name"] for p in spec["params"]}
@@ -143,19 +144,42 @@ def test_parts_chart_says_which_parts_are_nothing():
 
 def shares(mine: list[float]) -> pd.DataFrame:
     rows = [
-        (kind, 0, head, share, share - 0.05, share + 0.05)
+        (kind, f"0.{head}", share, share - 0.05, share + 0.05)
         for kind, all_shares in (("this head", mine), ("sources shuffled", [0.9, 0.9]))
         for head, share in enumerate(all_shares)
     ]
-    return pd.DataFrame(rows, columns=["kind", "layer", "head", "share", "low", "high"])
+    return pd.DataFrame(rows, columns=["kind", "name", "share", "low", "high"])
 
 
-@pytest.mark.parametrize(("mine", "found"), [
-    ([0.6, 0.7], "in 2 of 2 heads, less than half in 0 (median 65 %"),
-    ([0.2, 0.52], "in 0 of 2 heads, less than half in 1 (median 36 %"),
+@pytest.mark.parametrize(("mine", "half", "found"), [
+    ([0.6, 0.7], ["more", "more"], ("more than half of the variation in all 2 heads, clearly less "
+     "in none of the 2 heads (medians: this head: 65 %")),
+    ([0.2, 0.52], ["less", "undecided"], ("more than half of the variation in none of the 2 heads, "
+     "clearly less in 1 of 2 heads (medians: this head: 36 %")),
 ])  # fmt: skip
-def test_pair_chart_counts_heads_by_their_intervals(mine, found):
-    chart = pair_share(shares(mine))
+def test_pair_chart_counts_heads_by_their_verdicts(mine, half, found):
+    chart = pair_share(shares(mine), pd.DataFrame({"half": half}), "0.1")
     assert found in text(chart)
-    assert "sources shuffled: median 90 %" in text(chart)
+    assert "sources shuffled: 90 %" in text(chart)
     assert chart.to_dict()["description"]
+
+
+def test_pair_chart_puts_each_kind_in_its_own_order_and_labels_one_head():
+    spec = pair_share(shares([0.2, 0.7]), pd.DataFrame({"half": ["less", "more"]}), "0.0").to_dict()
+    rows = [row for table in spec["datasets"].values() for row in table if "rank" in row]
+    ranks = {row["name"]: row["rank"] for row in rows if row["kind"] == "this head"}
+    assert ranks == {"0.1": 1, "0.0": 2}
+    assert {row["name"] for row in rows if row["label"]} == {"0.0"}
+
+
+@pytest.mark.parametrize(("moves", "found"), [
+    (["repetition", "both", "neither"], ("attention of 2 of 3 heads (most: head 0.1), which name "
+     "comes first that of 1 of 3 heads")),
+    (["neither"] * 3, ("attention of none of the 3 heads (most: head 0.1), which name comes first "
+     "that of none of the 3 heads")),
+])  # fmt: skip
+def test_giver_chart_counts_what_moves_heads(moves, found):
+    columns = {"name": ["0.0", "0.1", "0.2"], "repetition": [0.2, -0.5, 0.0], "place": 0.1}
+    chart = giver_effects(pd.DataFrame(columns).assign(moves=moves), "0.0")
+    assert found in text(chart)
+    assert text(chart) in chart.to_dict()["description"]

@@ -28,9 +28,10 @@ def head_spectra(seed):
     outside = np.where(heads["ours"] > 3.5, "flatter", "steeper")
     inside = heads["ours"].between(2.5, 3.5)
     heads["verdict"] = np.where(inside, "as random", outside)
-    flat = pd.concat([heads.assign(null=null) for null in ("shape", "norms")])
-    bands = flat[["null", "name"]].merge(pd.DataFrame({"k": range(4)}), how="cross")
-    return charts.head_spectra(flat, bands.assign(sigma=1.0, low=0.9, high=1.1))
+    flat = pd.concat([heads.assign(null=null) for null in ("shape", "factors")])
+    spectra = heads[["name"]].merge(pd.DataFrame({"k": range(4)}), how="cross").assign(sigma=1.0)
+    band = pd.DataFrame({"k": range(4), "low": 0.9, "high": 1.1})
+    return charts.head_spectra(flat, spectra, band)
 
 
 def published_flatness(seed):
@@ -104,7 +105,21 @@ def test_grid_can_be_clicked_or_chosen_from_lists():
     params = {p["name"]: p for p in spec_of(head_spectra)["params"]}
     assert params["chosen_name"]["bind"]["name"]["options"] == ["0.0", "0.1", "1.0"]
     assert params["chosen_name"]["select"]["on"] == "click"
-    assert params["against"]["bind"]["options"] == ["shape", "norms"]
+    assert params["against"]["bind"]["options"] == ["shape", "factors"]
+
+
+def test_title_of_spectra_counts_heads_for_each_null():
+    words = title(chart_of(head_spectra, 0))
+    assert words.count("random matrices of the same") == 2
+    verdicts = ["steeper", "steeper", "as random"]
+    assert charts._counts(pd.Series(verdicts)) == (
+        "2 of 3 heads are clearly steeper and none of the 3 heads clearly flatter than"
+    )
+
+
+def test_a_count_that_no_draw_changes_needs_no_interval():
+    assert charts.span(pd.Series({"value": 28, "low": 28.0, "high": 28.0})) == "28"
+    assert charts.span(pd.Series({"value": 28, "low": 24.0, "high": 28.0})) == "28 (24–28)"
 
 
 def test_slider_opens_where_the_scores_are_nearly_right():

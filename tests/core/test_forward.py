@@ -9,7 +9,7 @@ import torch
 from full_pass import norms_in_heads
 from hooked import hooked, ungrouped
 from random_models import NEOX, save_random_model
-from sparse_signals.core.forward import Gates, forward, logit_difference
+from sparse_signals.core.forward import Gates, forward, last_logits, logit_difference
 from sparse_signals.core.model import load_model, logits, wrap_model
 from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import KEPT, run
@@ -270,6 +270,11 @@ def test_a_pass_goes_on_after_the_tokens_in_front(model, batch):
     assert gap(found.run.outputs, whole.run.outputs[:, 4:]) < 1e-12
     assert gap(found.run.rows(slice(2, 5)).outputs, whole.run.outputs[2:5, 4:]) < 1e-12
     assert gap(found.logits, whole.logits) < 1e-12
+
+
+def test_the_logits_of_a_run_are_those_of_the_model(kind, model, batch):
+    own = logits(model, batch.tokens, batch.last)
+    torch.testing.assert_close(last_logits(run(model, batch)), own, atol=TOLERANCE[kind], rtol=0)
 
 
 def test_only_the_difference_needs_names(tiny_gpt2, batch):

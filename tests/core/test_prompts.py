@@ -14,6 +14,7 @@ from encoding import byte_tokenizer, model_with, sentencepiece_tokenizer, word_t
 from sparse_signals.core.prompts import (
     PromptError,
     encode,
+    exchanged,
     ioi_prompts,
     role_table,
 )
@@ -36,6 +37,18 @@ def test_material_is_large_enough_and_clean():
         assert all(template.text.count(f" [{slot}]") == 1 for slot in "ABS")
         assert template.text.endswith(" to")
     assert not set(PLACES) & set(OBJECTS)
+
+
+def test_exchanged_prompts_differ_in_the_giver_alone():
+    prompts = ioi_prompts(6, seed=1)
+    other = exchanged(prompts)
+    for one, two in zip(prompts.itertuples(), other.itertuples(), strict=True):
+        words = list(zip(one.text.split(), two.text.split(), strict=True))
+        different = [(a.strip(",."), b.strip(",.")) for a, b in words if a != b]
+        assert different == [(one.s, one.io)]
+        assert (two.io, two.s, two.text.count(two.s)) == (one.s, one.io, 2)
+        assert {one.order, two.order} == {"ABBA", "BABA"}
+    pd.testing.assert_frame_equal(exchanged(other), prompts)
 
 
 def test_prompts_are_reproducible_and_balanced():

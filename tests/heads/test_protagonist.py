@@ -6,7 +6,7 @@ import torch
 
 import sparse_signals as ss
 from sparse_signals.core.prompts import PromptError
-from sparse_signals.heads.protagonist import protagonist, template_of
+from sparse_signals.heads.protagonist import find_protagonist, protagonist, template_of
 
 
 def looking(model, batch, shares, templates):
@@ -61,3 +61,10 @@ def test_prompts_without_templates_are_their_own_units(own):
 def test_prompts_without_names_are_refused(tiny_gpt2, own):
     with pytest.raises(PromptError, match="two names"):
         protagonist(ss.run(tiny_gpt2, own))
+
+
+def test_the_protagonist_of_a_model_is_the_same_each_time_and_has_a_name():
+    model = ss.load_model("gpt2-ioi", device="cpu")
+    found = find_protagonist(model)
+    assert found == find_protagonist(model)
+    assert found.attention > 0.8 and found.lead >= 0

@@ -1,19 +1,28 @@
 """Identities of chapter 1, on random models of every supported kind, in float64."""
 
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from batches import plain_batch
 from sparse_signals.core.model import activations
 from sparse_signals.core.rotary import rotate, rotation
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import tidy
 from sparse_signals.heads.scores import (
     additive_fit,
+    attention_between,
     bilinear_scores,
     pair_shares,
+    pair_verdicts,
     score_parts,
     scores,
     shuffle_sources,
+    source_pairs,
+    variation_shares,
 )
 from sparse_signals.heads.svd import qk_forms
 
@@ -114,15 +123,67 @@ def test_additive_fit_is_least_squares_and_ignores_padding():
     torch.testing.assert_close(total[1, 1, 0], expected)
 
 
+def noise(prompts=20, seed=3):
+    """Scores without any structure, ten templates of two prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(2, prompts, 3, 9, 9, generator=generator, dtype=torch.float64)
+    whole = plain_batch(torch.ones(prompts, 9).long(), torch.ones(prompts, 9, dtype=torch.bool))
+    templates = pd.DataFrame({"template": [n // 2 for n in range(prompts)], "order": "ABBA"})
+    return a, replace(whole, table=templates)
+
+
 def test_pair_shares_have_an_interval_around_them():
-    generator = torch.Generator().manual_seed(3)
-    a = torch.randn(2, 20, 3, 9, 9, generator=generator, dtype=torch.float64)
-    mask = torch.ones(20, 9, dtype=torch.bool)
-    table = pair_shares(a, mask)
-    assert list(table.columns) == ["layer", "head", "share", "low", "high"] and len(table) == 6
+    a, whole = noise()
+    table = pair_shares(a, whole)
+    assert list(table.columns) == ["layer", "head", "name", "share", "low", "high"]
+    assert len(table) == 6
     assert (table["low"] < table["share"]).all() and (table["share"] < table["high"]).all()
     free = (8 * 9 / 2 - 15) / (8 * 9 / 2 - 8)  # degrees of freedom: pure noise leaves this share
     assert abs(table["share"].mean() - free) < 0.02
+
+
+def test_verdicts_on_the_pair_follow_the_construction():
+    """Head 0.0 is noise, 0.1 a list of sources with little noise; the rest is half of each."""
+    a, whole = noise()
+    order = torch.randn(9, generator=torch.Generator().manual_seed(0)).double()
+    a[0, :, 1] = 10 * order + 0.1 * a[0, :, 1]
+    verdicts = pair_verdicts(a, a.roll(1, 2), whole).set_index("name")
+    assert verdicts["half"]["0.0"] == "more" and verdicts["half"]["0.1"] == "less"
+    assert verdicts["control"]["0.1"] == "less" and verdicts["control"]["0.2"] == "more"
+    assert set(verdicts["control"][["1.0", "1.1", "1.2"]]) == {"undecided"}
+
+
+def test_variation_shares_are_a_covariance_and_sum_to_one():
+    a, whole = noise()
+    first = torch.zeros_like(a)
+    first[:, :, 0] = a[:, :, 0]  # all of head 0, nothing of the others
+    row = a.mean(-1, keepdim=True).expand_as(a)  # the same for all sources
+    parts = torch.stack([first, a - first, row, -row])
+    table = variation_shares(parts, whole.mask).set_index(["scope", "part", "head", "layer"])
+    shares = table["share"].unstack("part")
+    torch.testing.assert_close(torch.tensor(shares.sum(axis=1).to_numpy()), torch.ones(12).double())
+    inside = shares.loc["within a softmax row"]
+    assert inside["content"][0].tolist() == pytest.approx([1, 1])
+    assert inside["content"][1].tolist() == pytest.approx([0, 0])
+    assert inside[["destination", "constant"]].abs().to_numpy().max() < 1e-12
+    assert shares.loc["over all pairs of tokens", "destination"].abs().max() > 0.01
+
+
+def test_pairs_of_sources_lie_on_the_line_of_the_softmax(tiny_gpt2, batch):
+    ran = run(tiny_gpt2, batch)
+    table = source_pairs(scores(ran), ran.pattern, batch, 100)
+    np.testing.assert_allclose(np.log(table["odds"]), table["difference"], atol=1e-6)
+    assert len(table) > 90 and (table["difference"] != 0).all()
+
+
+def test_attention_between_roles_is_read_at_their_places(tiny_gpt2, batch):
+    roles = {"end": batch.last, "IO": torch.arange(8) % 4}
+    ordered = batch.table.assign(order=["ABBA", "BABA"] * 4)
+    ran = run(tiny_gpt2, replace(batch, roles=roles, table=ordered))
+    table = attention_between(ran, [("end", "IO")])
+    row = table.query("prompt == 3 and name == '2.1'").iloc[0]
+    assert row["attention"] == float(ran.pattern[2, 3, 1, batch.last[3], 3])
+    assert (row["pair"], row["order"], len(table)) == ("end → IO", "BABA", 8 * 12)
 
 
 def test_shuffled_sources_keep_the_scores_of_a_row():

@@ -8,16 +8,19 @@ from sparse_signals.core.run import run
 from sparse_signals.core.stats import participation_ratio
 from sparse_signals.heads.scores import scores as all_scores
 from sparse_signals.heads.spectra import (
+    basis_verdicts,
     choice_shares,
     choices_kept,
     coordinate_table,
     flatness,
+    gaussian_spectra,
     outer_product_table,
     partial_scores,
     perturbed,
     random_flatness,
-    random_spectra,
-    spectrum_bands,
+    random_participation,
+    spectra_table,
+    spectrum_band,
     svd_flops,
     turning,
 )
@@ -51,44 +54,53 @@ def test_flops_grow_with_the_cube_only_for_the_dense_svd():
 
 
 def test_drawn_triangles_have_the_spectra_of_gaussian_products():
-    forms = random_forms()
-    drawn = random_spectra(forms, "shape", draws=400).square().mean(0)[0, 0]
+    drawn = gaussian_spectra(40, 6, draws=400).square().mean(0)
     A, B = torch.randn(2, 400, 40, 6, generator=torch.Generator().manual_seed(1)).double()
     plain = torch.linalg.svdvals(A @ B.mT)[:, :6].square().mean(0)
     torch.testing.assert_close(drawn, plain, rtol=0.1, atol=0)
 
 
-def test_each_null_keeps_what_it_says():
+def test_turned_factors_have_the_participation_of_their_singular_values():
+    """By an SVD of the product, with the rotations drawn in the same order."""
     forms = random_forms()
-    stretched = QKForms(10 * forms.A, forms.B, forms.divisor)
-    one, ten = (random_spectra(f, "norms", draws=5) for f in (forms, stretched))
-    torch.testing.assert_close(ten, 10 * one)
-    turned = random_spectra(forms, "factors", draws=5)
-    log_det = sum(torch.linalg.svdvals(M).log().sum(-1) for M in (forms.A, forms.B))
-    torch.testing.assert_close(turned.log().sum(-1), log_det.expand(5, -1, -1))
+    found = random_participation(forms, "factors", draws=3, seed=5)
+    rng = np.random.default_rng(5)
+    left, right = (torch.linalg.svdvals(M) for M in (forms.A, forms.B))
+    for each in found:
+        turn = torch.linalg.qr(torch.from_numpy(rng.standard_normal((6, 6))))[0]
+        S = torch.linalg.svdvals(left[..., None] * turn * right[..., None, :])
+        torch.testing.assert_close(each, participation_ratio(S**2))
+    assert found.std(0).min() > 0
     with pytest.raises(ValueError, match="null must be one of"):
-        random_spectra(forms, "colour")
+        random_participation(forms, "colour")
 
 
-def test_gaussian_heads_are_mostly_as_random_and_low_rank_ones_are_steeper():
+def test_gaussian_heads_are_as_random_and_low_rank_ones_are_steeper():
     forms = random_forms(layers=4, heads=5)
-    table = flatness(head_svd(forms), forms, draws=100)
-    shape = table[(table["null"] == "shape") & (table["measure"] == "σ²")]
-    assert (shape["verdict"] == "as random").mean() > 0.6
+    table = flatness(head_svd(forms), forms)
+    assert (table.loc[table["null"] == "shape", "verdict"] == "as random").mean() > 0.9
     forms.A[:, :, :, 1:] *= 1e-3
-    table = flatness(head_svd(forms), forms, draws=50)
+    table = flatness(head_svd(forms), forms)
     assert (table.loc[table["null"] == "shape", "verdict"] == "steeper").all()
 
 
-def test_bands_hold_unit_spectra_and_flatness_their_ratio():
-    forms = random_forms()
-    svd = head_svd(forms)
-    bands = spectrum_bands(svd, forms, draws=20)
-    one = bands[(bands["null"] == "norms") & (bands["name"] == "1.2")]
+def test_equal_singular_values_are_flatter_than_random():
+    turned = torch.linalg.qr(random_forms().A)[0]
+    forms = QKForms(turned, turned, torch.ones(2))  # Ω is a projection
+    table = flatness(head_svd(forms), forms)
+    np.testing.assert_allclose(table["ours"], 6)
+    assert (table.loc[table["null"] == "shape", "verdict"] == "flatter").all()
+    assert (table.loc[table["null"] == "factors", "verdict"] == "as random").all()
+
+
+def test_spectra_and_their_band_have_the_same_unit():
+    svd = head_svd(random_forms())
+    one = spectra_table(svd).query("name == '1.2'").reset_index()
     np.testing.assert_allclose(np.square(one["sigma"]).mean(), 1)
-    assert (one["low"] <= one["high"]).all() and list(one["k"]) == list(range(6))
-    flat = flatness(svd, forms, draws=20).query("name == '1.2' and measure == 'σ'")
-    np.testing.assert_allclose(flat["ours"], float(participation_ratio(svd.S[1, 2])))
+    band = spectrum_band(40, 6, draws=400)
+    assert list(band["k"]) == list(one["k"]) == list(range(6))
+    assert (band["low"] <= band["high"]).all()
+    assert one["sigma"].between(band["low"] - 0.1, band["high"] + 0.1).all()
 
 
 def test_random_flatness_is_a_share():
@@ -153,7 +165,7 @@ def test_all_directions_keep_every_choice_and_one_agrees_with_a_loop(ran):
 
 def test_shares_and_directions_needed():
     right = torch.tensor([[[5, 5], [9, 10], [10, 10]], [[1, 1], [5, 5], [10, 10]]])
-    shares, needed = choice_shares(right, torch.tensor([10, 10]), [1, 2, 3])
+    shares, needed = choice_shares(right, torch.tensor([10, 10]), [1, 2, 3], [0, 1])
     ours = shares[shares["basis"] == "singular vectors"]
     np.testing.assert_allclose(ours["value"], [0.5, 0.95, 1])
     assert needed.set_index("basis")["value"].to_dict() == {
@@ -161,3 +173,24 @@ def test_shares_and_directions_needed():
         "random directions": 3,
     }
     assert (shares["low"] <= shares["value"] + 1e-12).all()
+
+
+def test_prompts_of_one_template_are_drawn_together():
+    """Two templates, one always right and one never: no sample is a mixture of its prompts."""
+    right = torch.tensor([[[4, 4, 0, 0]]] * 2)
+    total = torch.tensor([4, 4, 4, 4])
+    shares, _ = choice_shares(right, total, [1], clusters=[0, 0, 1, 1])
+    assert set(shares["value"]) == {0.5}
+    assert (set(shares["low"]), set(shares["high"])) == ({0.0}, {1.0})
+
+
+def test_a_basis_beats_random_ones_where_it_does_in_all_sentences():
+    """Three heads, ten sentences: always better, always worse, better in half of them."""
+    total = torch.full((20,), 4)
+    random = torch.full((2, 1, 1, 3, 20), 2)
+    ours = torch.tensor([4, 0, 0]).view(3, 1).expand(3, 20).clone()
+    ours[2, ::4], ours[2, 1::4] = 4, 4  # both prompts of every other sentence
+    right = torch.cat([ours.view(1, 1, 1, 3, 20), random])
+    table = basis_verdicts(right, total, 0, clusters=np.arange(20) // 2)
+    assert table["verdict"].tolist() == ["better", "worse", "undecided"]
+    np.testing.assert_allclose(table["gain"], [0.5, -0.5, 0])

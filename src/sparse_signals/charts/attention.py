@@ -6,14 +6,16 @@ import pandas as pd
 
 from sparse_signals.charts.style import (
     COLOURS,
+    HIGHLIGHT,
     TOKEN_STEP,
     Layered,
+    colour_and_shape,
     distinct,
     finish,
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import percent
+from sparse_signals.core.numbers import count_of, percent
 
 NAMED_ROLES = ("IO", "S1", "S2", "third", "end")
 BLUE, ORANGE = COLOURS[:2]
@@ -212,8 +214,9 @@ def role_attention(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def _strip(table: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
+    whole = (100 * table["attention"]).round().astype(int)
     packed = (
-        table.assign(name=head_names(table), value=table["attention"].map(lambda a: f"{a:.3f}"))
+        table.assign(name=head_names(table), value=whole.astype(str))
         .groupby(["pair", "name", "order"], as_index=False)["value"].agg(" ".join)
     )  # fmt: skip
     return (
@@ -223,14 +226,14 @@ def _strip(table: pd.DataFrame, head: alt.Parameter) -> alt.Chart:
         .transform_calculate(value="split(datum.value, ' ')")
         .transform_flatten(["value"])
         .transform_window(n="row_number()", groupby=["order"])
-        .transform_calculate(attention="toNumber(datum.value)", jitter="(datum.n * 7) % 11")
+        .transform_calculate(attention="toNumber(datum.value) / 100", jitter="(datum.n * 7) % 11")
         .mark_point(opacity=0.7)
         .encode(
             alt.X("attention:Q").scale(domain=[0, 1]).axis(format="%")
             .title("attention of the chosen head, one point a prompt"),
             alt.Y("order:N").title("order of names"),
             yOffset=alt.YOffset("jitter:Q"),
-            tooltip=["order:N", alt.Tooltip("attention:Q", format=".1%")],
+            tooltip=["order:N", alt.Tooltip("attention:Q", format=".0%")],
             color=alt.Color("order:N").legend(None),
             shape=alt.Shape("order:N").legend(None),
         )
@@ -267,15 +270,15 @@ def softmax_bars(row: pd.DataFrame, head: str) -> alt.TopLevelMixin:
         place.axis(None), opacity=chosen, tooltip=["label:N", *tips],
     )  # fmt: skip
     title = (
-        f"Head {head} gives “{favourite}” {percent(1 / weight.sum())} of its attention: its score "
-        f"is {best - second:.1f} above the next"
+        f"The model's own scores: head {head} gives “{favourite}” {percent(1 / weight.sum())} of "
+        f"its attention, with a score {best - second:.1f} above the next"
     )
     description = (
         f"Two bar charts over the {len(row)} tokens that the last token sees, for head {head}: "
         f"scores on the left, attention on the right. {title}. A slider changes one score."
     )
     chart = alt.hconcat(score, attention, spacing=12).add_params(token, extra)
-    return finish(chart, title, description)
+    return finish(chart, title, description, subtitle="The slider asks what if one were another.")
 
 
 def log_odds(points: pd.DataFrame) -> alt.TopLevelMixin:
@@ -351,47 +354,99 @@ def _parts_title(table: pd.DataFrame, parts: list[str], scope: str) -> str:
     return f"What makes scores vary {scope} (median head): {found}{nothing}"
 
 
-def pair_share(table: pd.DataFrame) -> alt.TopLevelMixin:
+def pair_share(table: pd.DataFrame, verdicts: pd.DataFrame, head: str) -> alt.TopLevelMixin:
     """What an additive score leaves unexplained in every head, beside its controls.
 
-    `table`: kind, layer, head, share, low, high. The first kind is the one that is claimed.
+    `table`: kind, name, share, low, high. `verdicts`: half ("more", "less" or "undecided"), of the
+    first kind, the one that is claimed. `head`: the one that is labelled.
     """
-    table = table.assign(name=head_names(table))
     kinds = distinct(table["kind"])
-    shown = alt.selection_point(name="kinds", fields=["kind"], bind="legend")
-    base = _by_layer(alt.Chart(table, width=380, height=280), table)
+    rank = table.groupby("kind")["share"].rank(method="first", ascending=False)
+    table = table.assign(rank=rank, label=np.where(table["name"] == head, f"head {head}", ""))
+    base = alt.Chart(table, width=380, height=280).encode(
+        alt.X("rank:Q").title("heads, each curve in its own order").scale(nice=False, zero=False)
+    )
     legend = alt.Legend(orient="bottom", columns=1)
     colour = alt.Color("kind:N").scale(domain=kinds).title(None)
-    faded = alt.condition(shown, alt.value(1), alt.value(0.08))
-    rule = base.mark_rule(strokeWidth=1.5).encode(
-        alt.Y("low:Q").title("share of the variation within a row").axis(format="%"),
-        alt.Y2("high:Q"), color=colour.legend(None), opacity=faded,
+    y = alt.Y("share:Q").title("share of the variation within a row").axis(format="%")
+    band = base.mark_area(opacity=0.2).encode(
+        alt.Y("low:Q").title("share of the variation within a row"), alt.Y2("high:Q"),
+        colour.legend(None),
     )  # fmt: skip
-    dots = base.mark_point(filled=True, size=36).encode(
-        alt.Y("share:Q"),
-        color=colour.legend(legend),
-        shape=alt.Shape("kind:N").scale(domain=kinds).title(None).legend(legend),
-        opacity=faded,
+    dots = base.mark_point(filled=True, size=26).encode(
+        y, colour.legend(legend),
+        alt.Shape("kind:N").scale(domain=kinds).title(None).legend(legend),
         tooltip=["name:N", "kind:N", *tooltips("share", "low", "high", form=".1%")],
     )  # fmt: skip
-    mine = table[table["kind"] == kinds[0]]
-    others = "; ".join(
-        f"{kind}: median {percent(table['share'][table['kind'] == kind].median())}"
-        for kind in kinds[1:]
-    )
+    mine = alt.Chart(table[(table["name"] == head) & (table["kind"] == kinds[0])])
+    mine = mine.encode(alt.X("rank:Q"), y)
+    ring = mine.mark_point(size=140, color=HIGHLIGHT, strokeWidth=2)
+    label = mine.mark_text(dy=-14, align="left").encode(text="label:N")
+    half = alt.Chart(pd.DataFrame({"share": [0.5]})).mark_rule(strokeDash=[2, 3]).encode(y)
+    count = verdicts["half"].value_counts()
+    medians = table.groupby("kind", sort=False)["share"].median()
+    found = "; ".join(f"{kind}: {percent(share)}" for kind, share in medians.items())
     title = (
-        f"The pair carries more than half of the variation in {(mine['low'] > 0.5).sum()} of "
-        f"{len(mine)} heads, less than half in {(mine['high'] < 0.5).sum()} (median "
-        f"{percent(mine['share'].median())}; {others})"
+        "The pair carries clearly more than half of the variation in "
+        f"{count_of(count.get('more', 0), len(verdicts), 'heads')}, clearly less in "
+        f"{count_of(count.get('less', 0), len(verdicts), 'heads')} (medians: {found})"
     )
     description = (
-        "Dots with 95 % intervals for every head, layer by layer: the share of the variation of "
-        f"scores within a softmax row that no additive score explains. {title}."
+        "Heads in order of the share of the variation of scores within a softmax row that no "
+        f"additive score explains, with 95 % bands, and of the same for two controls. {title}."
     )
-    chart = alt.layer(rule, dots.add_params(shown)).resolve_scale(
-        color="independent", shape="independent"
-    )
+    chart = alt.layer(half, band, dots, ring, label)
+    chart = chart.resolve_scale(color="independent", shape="independent")
     return finish(chart, title, description)
+
+
+def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopLevelMixin:
+    """What the repetition of a name, and what its place, does to the attention of every head.
+
+    `heads`: name, repetition, place, moves ("repetition", "place", "both" or "neither"). `head` is
+    labelled, as are the `labelled` heads with the largest effects of each kind.
+    """
+    extreme = {head}
+    for effect in ("repetition", "place"):
+        extreme |= set(heads["name"][heads[effect].abs().nlargest(labelled).index])
+    table = heads.assign(label=heads["name"].where(heads["name"].isin(extreme), ""))
+    kinds = [
+        kind for kind in ("repetition", "both", "place", "neither") if kind in set(table.moves)
+    ]
+    base = alt.Chart(
+        table[["name", "repetition", "place", "moves", "label"]], width=380, height=300
+    )
+    base = base.encode(
+        alt.X("place:Q").title("place: attention to the first minus the second name")
+        .axis(format="%", tickCount=6),
+        alt.Y("repetition:Q").title("repetition: to the name not repeated, minus the other")
+        .axis(format="%"),
+    )  # fmt: skip
+    styles = colour_and_shape("moves:N", "clearly moved by")
+    styles = {key: channel.sort(kinds) for key, channel in styles.items()}
+    legend = alt.Legend(orient="bottom", columns=2)
+    styles = {key: channel.legend(legend) for key, channel in styles.items()}
+    tips = ["name:N", "moves:N", *tooltips("repetition", "place", form=".1%")]
+    dots = base.mark_point(filled=True, size=50, opacity=0.8).encode(**styles, tooltip=tips)
+    text = base.mark_text(dx=7, align="left").encode(text="label:N")
+    zero = pd.DataFrame({"x": [0.0]})
+    rules = [alt.Chart(zero).mark_rule(strokeDash=[2, 3], opacity=0.5).encode(x="x:Q"),
+             alt.Chart(zero).mark_rule(strokeDash=[2, 3], opacity=0.5).encode(y="x:Q")]  # fmt: skip
+    moved = {
+        effect: heads["moves"].isin([effect, "both"]).sum() for effect in ("repetition", "place")
+    }
+    by_name, by_place = (count_of(count, len(heads), "heads") for count in moved.values())
+    top = heads.loc[heads["repetition"].abs().idxmax(), "name"]
+    title = (
+        f"Which name is repeated moves the attention of {by_name} (most: head {top}), which name "
+        f"comes first that of {by_place}"
+    )
+    description = (
+        "Scatter chart, one point a head. Upwards: how much more attention the last token gives to "
+        "the name that is not repeated; to the right: to the name that comes first. Shapes and "
+        f"colours say which of the two is clearly not zero. {title}."
+    )
+    return finish(alt.layer(*rules, dots, text), title, description)
 
 
 def _by_layer(chart: alt.Chart, table: pd.DataFrame) -> alt.Chart:

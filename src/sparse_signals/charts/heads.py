@@ -16,7 +16,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import fmt, round_significant
+from sparse_signals.core.numbers import count_of, fmt, percent, round_significant
 
 COORDINATES = {"u": "destination, x̃·u", "v": "source, x̃·v"}
 LISTED = 6  # tokens at each end of a direction
@@ -42,7 +42,7 @@ def outer_products(parts: pd.DataFrame) -> alt.TopLevelMixin:
     )
     title = (
         f"A form of rank {len(names) - 1} is a sum of {len(names) - 1} outer products; "
-        f"the first holds {share:.0%} of its squared size"
+        f"the first holds {percent(share)} of its squared size"
     )
     description = (
         f"{len(names)} heat maps of the same toy matrix: the whole, then each σuvᵀ of its singular "
@@ -131,6 +131,12 @@ def _error(off: pd.Series) -> Layered:
     return alt.layer(line, dot, text)
 
 
+def span(count: pd.Series) -> str:
+    """A count with its interval, for people: "25 (24–26)"; alone where all draws agree with it."""
+    value, low, high = (int(count[name]) for name in ("value", "low", "high"))
+    return str(value) if low == high == value else f"{value} ({low}–{high})"
+
+
 def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevelMixin:
     """How often K directions find the right source: singular vectors against random directions.
 
@@ -140,10 +146,7 @@ def choices(shares: pd.DataFrame, needed: pd.DataFrame, of: int) -> alt.TopLevel
     head = menu("shown", distinct(shares["name"]), "Heads")
     count = needed.set_index("basis")
     bases = list(count.index)
-    found = " against ".join(
-        f"{fmt(count['value'][b])} {b} ({fmt(count['low'][b], 2)}–{fmt(count['high'][b], 2)})"
-        for b in bases
-    )
+    found = " against ".join(f"{span(count.loc[b])} {b}" for b in bases)
     title = f"To find the right source at 95 % of destinations takes {found}, of {of}, all heads"
     values = ["K", "value", "low", "high"]
     base = (
@@ -291,11 +294,13 @@ def _bars(side: pd.DataFrame, title: str) -> alt.Chart:
     )
 
 
-def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMixin:
+def head_spectra(
+    flatness: pd.DataFrame, spectra: pd.DataFrame, band: pd.DataFrame
+) -> alt.TopLevelMixin:
     """A grid of heads, flatter or steeper than random, linked to the chosen head's spectrum.
 
-    `flatness`: null, layer, head, name, ours, random, low, high, verdict, for one measure.
-    `bands`: null, name, k, sigma, low, high.
+    `flatness`: null, layer, head, name, ours, random, low, high, verdict. `spectra`: name, k,
+    sigma. `band`: k, low, high, of random heads of the first null.
     """
     nulls = distinct(flatness["null"])
     heads = flatness.assign(change=np.log2(flatness["ours"] / flatness["random"]))
@@ -307,17 +312,18 @@ def head_spectra(flatness: pd.DataFrame, bands: pd.DataFrame) -> alt.TopLevelMix
         name="chosen_name", fields=["name"], value=[{"name": start}], on="click", empty=False,
         bind={"name": alt.binding_select(options=names, name="Head ")},  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    count = first["verdict"].value_counts().reindex(VERDICTS, fill_value=0)
-    title = (
-        f"Of {len(first)} heads, {count['flatter']} have a flatter spectrum than random matrices "
-        f"of the same {nulls[0]}, {count['steeper']} a steeper one, {count['as random']} neither"
+    counted = "; ".join(
+        f"{_counts(heads.loc[heads['null'] == name, 'verdict'])} random matrices of the same {name}"
+        for name in nulls
     )
+    title = counted[0].upper() + counted[1:]
     description = (
         "A grid of layers and heads: how many directions share σ², against random matrices, and "
         f"below it all singular values of the chosen head with the random band. {title}."
     )
     grid = _flatness_grid(heads, chosen)
-    chart = alt.vconcat(grid, _spectrum(bands, chosen), spacing=16).add_params(null)
+    lines = _spectrum(spectra, band, nulls[0], chosen)
+    chart = alt.vconcat(grid, lines, spacing=16).add_params(null)
     return finish(chart, title, description, digits=3)
 
 
@@ -350,21 +356,40 @@ def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> Layered:
     )
 
 
-def _spectrum(bands: pd.DataFrame, chosen: alt.Parameter) -> Layered:
-    values = ["sigma", "low", "high"]
-    base = (
-        unpacked(packed(bands, ["null", "name"], values), values)
-        .transform_filter("datum.null === against")
-        .transform_filter(chosen)
-        .encode(
-            alt.X("k:Q").title("k, singular values in descending order").axis(tickMinStep=1),
-            tooltip=["name:N", "k:Q", *tooltips(*values)],
-        )
+def _counts(verdicts: pd.Series) -> str:
+    count = verdicts.value_counts()
+    flatter, steeper = (
+        count_of(count.get(word, 0), len(verdicts), "heads") for word in ("flatter", "steeper")
     )
+    return f"{steeper} are clearly steeper and {flatter} clearly flatter than"
+
+
+def _spectrum(
+    spectra: pd.DataFrame, band: pd.DataFrame, null: str, chosen: alt.Parameter
+) -> Layered:
+    size = {"width": 380, "height": 210}
+    x = alt.X("k:Q").title("k, singular values in descending order").axis(tickMinStep=1)
     y = alt.Y("sigma:Q").title("σ ÷ its root mean square")
-    band = base.mark_area(opacity=0.3, color=COLOURS[5]).encode(alt.Y("low:Q"), alt.Y2("high:Q"))
-    line = base.mark_line(color=COLOURS[0], point=alt.OverlayMarkDef(filled=True, size=30))
-    return alt.layer(band, line.encode(y)).properties(width=380, height=210)
+    area = alt.Chart(band.rename(columns={"low": "sigma"}), **size)
+    area = area.mark_area(color=COLOURS[5])
+    area = area.encode(
+        x,
+        y,
+        alt.Y2("high:Q"),
+        alt.Opacity("text:N")
+        .title(None)
+        .scale(range=[0.3, 0.3])
+        .legend(orient="bottom", labelLimit=320),
+    )
+    area = area.transform_calculate(text=f"'95 % of random heads of the same {null}'")
+    line = (
+        unpacked(packed(spectra, ["name"], ["sigma"]), ["sigma"])
+        .transform_filter(chosen)
+        .transform_calculate(k="datum.k - 1")
+        .mark_line(color=COLOURS[0], point=alt.OverlayMarkDef(filled=True, size=30))
+        .encode(x, y, tooltip=["name:N", "k:Q", *tooltips("sigma")])
+    )
+    return alt.layer(area, line).properties(**size)
 
 
 def published_flatness(points: pd.DataFrame, random: pd.DataFrame) -> alt.TopLevelMixin:
@@ -375,7 +400,7 @@ def published_flatness(points: pd.DataFrame, random: pd.DataFrame) -> alt.TopLev
     """
     median = points.groupby("row", sort=False)["share"].median()
     rows = list(median.index)
-    found = ", ".join(f"{share:.0%} ({row})" for row, share in median.items())
+    found = ", ".join(f"{percent(share)} ({row})" for row, share in median.items())
     title = f"The median head spreads over this part of its directions: {found}"
     description = (
         "Strip chart in rows: one point a head, how many of its directions share the spectrum, as "

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_signals.core.model import Model, logits, once_per_model, qk_weights
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.rotary import rotate, rotation
-from sparse_signals.core.run import KEPT, Run
+from sparse_signals.core.run import KEPT, Outputs, Run
 
 PIECES = 6  # layers whose gaps lie in arrays of their own: each costs a product, joining a copy
 
@@ -191,6 +191,15 @@ def read_out(
     unembed = model.bridge.unembed
     final = normalise(model, model.bridge.ln_final, x, scale)
     return torch.einsum("nd,nad->na", final, unembed.W_U.T[answers]) + unembed.b_U[answers]
+
+
+def last_logits(run: Run) -> Float[Tensor, "prompt word"]:
+    """Logits of all words at the last token, from what the components of a run wrote there."""
+    model, last = run.model, run.batch.last.to(run.tokens.device)
+    prompts = torch.arange(len(last), device=last.device)
+    written, slot = Outputs(run).at(prompts, last, model.n_layers)
+    final = normalise(model, model.bridge.ln_final, written[slot].sum(1))
+    return final @ model.bridge.unembed.W_U + model.bridge.unembed.b_U
 
 
 # --- what is changed in a pass -------------------------------------------------------------------

@@ -29,6 +29,7 @@ NEIGHBOURS = ("IO", "S1", "S2", "third")
 ROLE_MARK = "at "  # columns that say at which character of the text a role begins
 OTHER = "other"
 INTACT = "intact"
+OTHER_ORDER = {"ABBA": "BABA", "BABA": "ABBA"}
 
 
 class PromptError(ValueError):
@@ -165,6 +166,22 @@ def _draw(
 def fill(text: str, slots: dict[str, str]) -> str:
     """Put words in the bracketed slots of a template."""
     return re.sub(r"\[([A-Z]+)\]", lambda match: slots[match[1]], text)
+
+
+def exchanged(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The same prompts, in which the other one of the two names gives: IO and S change places.
+
+    prompts: the table of `ioi_prompts`, with a repeated giver.
+
+    >>> prompts = ss.ioi_prompts(1, names=["Mary", "John"], order="ABBA")
+    >>> other = exchanged(prompts)
+    >>> other.order.item(), other.io.item() == prompts.s.item()
+    ('BABA', True)
+    """
+    parts = [row.text.rsplit(row.s, 1) for row in prompts.itertuples()]
+    texts = [before + io + after for (before, after), io in zip(parts, prompts["io"], strict=True)]
+    order = prompts["order"].map(OTHER_ORDER)
+    return prompts.assign(text=texts, io=prompts["s"], s=prompts["io"], order=order)
 
 
 def place_of(table: pd.DataFrame, n: int) -> str:

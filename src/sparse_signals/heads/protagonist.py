@@ -3,13 +3,20 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
+from torch import Tensor
 
-from sparse_signals.core.model import head_name
+from sparse_signals.core.model import Model, activations, head_name
 from sparse_signals.core.numbers import interval
-from sparse_signals.core.prompts import Batch, PromptError
+from sparse_signals.core.prompts import Batch, PromptError, encode, exchanged, ioi_prompts
 from sparse_signals.core.run import Run
+from sparse_signals.core.sentences import TEMPLATES
 from sparse_signals.core.stats import DRAWS, bounds, resample
+
+EFFORT = 20_000  # prompts times heads
+SENTENCES = tuple(template for template in TEMPLATES if not template.held_out)
+"""What the choice is made on; the others are left for tests."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,19 @@ class Protagonist:
         return f"is tied with the runner-up, head {self.runner_up}: its lead of {lead} is not clear"
 
 
+def find_protagonist(model: Model) -> Protagonist:
+    """The protagonist of a model: the same one in every chapter.
+
+    Asks `protagonist` on prompts of `SENTENCES` and their `exchanged` twins, the same ones each
+    time: as many as `EFFORT` allows for a model with so many heads.
+    """
+    n = max(4, EFFORT // (2 * model.n_layers * model.n_heads))
+    prompts = ioi_prompts(n, tokenizer=model.tokenizer, templates=SENTENCES)
+    batch = encode(model, pd.concat([prompts, exchanged(prompts)], ignore_index=True))
+    pattern = activations(model, batch.tokens, ["pattern"])["pattern"]
+    return _leader(_looks(pattern, batch), template_of(batch))
+
+
 def protagonist(run: Run, draws: int = DRAWS, seed: int = 0) -> Protagonist:
     """The head with the largest mean attention A_ij from `end` to IO, over the prompts of a run.
 
@@ -59,19 +79,29 @@ def protagonist(run: Run, draws: int = DRAWS, seed: int = 0) -> Protagonist:
     """
     if not {"end", "IO"} <= set(run.batch.roles):
         raise PromptError("which head looks at the IO needs prompts with two names, IO and S")
-    prompt, end, io = np.arange(len(run)), run.batch.roles["end"], run.batch.roles["IO"]
-    looks = run.pattern[:, prompt, :, end, io].double().cpu().numpy()  # prompt, layer, head
-    means = _means(looks.reshape(len(run), -1), template_of(run.batch), draws, seed)
+    return _leader(_looks(run.pattern, run.batch), template_of(run.batch), draws, seed)
+
+
+def _looks(
+    pattern: Float[Tensor, "layer prompt head dest src"], batch: Batch
+) -> Float[np.ndarray, "prompt layer head"]:
+    prompt, end, io = np.arange(len(batch.tokens)), batch.roles["end"], batch.roles["IO"]
+    return pattern[:, prompt, :, end, io].double().cpu().numpy()
+
+
+def _leader(
+    looks: Float[np.ndarray, "prompt layer head"],
+    clusters: np.ndarray,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Protagonist:
+    means = _means(looks.reshape(len(looks), -1), clusters, draws, seed)
     second, best = means[0].argsort(kind="stable")[-2:]
-    others = np.delete(means, best, axis=1).max(axis=1)
-    leads = means[:, best] - others
+    leads = means[:, best] - np.delete(means, best, axis=1).max(axis=1)
     low, high = bounds(leads[1:])
-    heads = run.model.n_heads
-    runner_up = head_name(*divmod(int(second), heads))
-    place = divmod(int(best), heads)
-    return Protagonist(
-        *place, float(means[0, best]), runner_up, float(leads[0]), float(low), float(high)
-    )
+    at, runner_up = (divmod(int(head), looks.shape[2]) for head in (best, second))
+    attention, lead = float(means[0, best]), float(leads[0])
+    return Protagonist(*at, attention, head_name(*runner_up), lead, float(low), float(high))
 
 
 def template_of(batch: Batch) -> np.ndarray:

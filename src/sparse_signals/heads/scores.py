@@ -1,16 +1,23 @@
 """Chapter 1: attention scores, and the four parts of which each is the sum."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparse_signals.core.model import head_name
+from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import Run
-from sparse_signals.core.stats import DRAWS, bootstrap
+from sparse_signals.core.stats import DRAWS, bootstrap, false_discovery, sign_flip, tidy
+from sparse_signals.heads.protagonist import template_of
 from sparse_signals.heads.svd import QKForms
 
 PARTS = ("content", "source", "destination", "constant")
+VARIATIONS = {"within a softmax row": (-1,), "over all pairs of tokens": (-4, -2, -1)}
+SHARE_COLUMNS = {"share": "value", "low": "low", "high": "high"}
 
 
 def scores(run: Run) -> Float[Tensor, "layer prompt head dest src"]:
@@ -72,22 +79,126 @@ def additive_fit(
 
 def pair_shares(
     scores: Float[Tensor, "layer prompt head dest src"],
-    mask: Bool[Tensor, "prompt pos"],
+    batch: Batch,
     first: int = 1,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The share of a head's variation within softmax rows that `additive_fit` leaves.
 
-    One row per head: layer, head, share, and its 95 % interval, low and high, from `draws`
-    bootstrap samples of the prompts.
+    One row per head: layer, head, name, share, and its 95 % interval, low and high, from `draws`
+    bootstrap samples of the templates.
     """
-    left, total = (t.cpu() for t in additive_fit(scores, mask, first))
-    by_prompt, weights = (pd.DataFrame(t.transpose(0, 1).flatten(1).numpy()) for t in (left, total))
-    found = bootstrap(by_prompt, np.arange(len(by_prompt)), weights, draws, seed)
-    heads = pd.MultiIndex.from_product([range(len(left)), range(left.shape[2])])
+    left, total = additive_fit(scores, batch.mask, first)
+    by_prompt, weights = (pd.DataFrame(_by_prompt(t)) for t in (left, total))
+    found = bootstrap(by_prompt, template_of(batch), weights, draws, seed)
+    columns = {name: found[column] for name, column in SHARE_COLUMNS.items()}
+    return _heads_of(left).assign(**columns)
+
+
+def pair_verdicts(
+    scores: Float[Tensor, "layer prompt head dest src"],
+    control: Float[Tensor, "layer prompt head dest src"],
+    batch: Batch,
+    rate: float = 0.05,
+    first: int = 1,
+) -> pd.DataFrame:
+    """Whether the pair carries more or less than half of a head's variation, and than a control.
+
+    For every template the share that `additive_fit` leaves, minus 1/2 and minus that of the
+    control; both are tested by flipping signs of templates, at a false-discovery rate of `rate`
+    over all heads. One row per head: layer, head, name, half and control, each "more", "less" or
+    "undecided".
+    """
+    template, cluster = np.unique(template_of(batch), return_inverse=True)
+    member = cluster == np.arange(len(template))[:, None]
+    found = [additive_fit(each, batch.mask, first) for each in (scores, control)]
+    own, other = ((member @ _by_prompt(x)) / (member @ _by_prompt(y)) for x, y in found)
+    verdicts = {}
+    for name, excess in {"half": own - 0.5, "control": own - other}.items():
+        real = false_discovery(sign_flip(excess.T)) <= rate
+        words = np.where(excess.mean(0) > 0, "more", "less")
+        verdicts[name] = np.where(real, words, "undecided")
+    return _heads_of(found[0][0]).assign(**verdicts)
+
+
+def _by_prompt(values: Float[Tensor, "layer prompt head"]) -> Float[np.ndarray, "prompt each"]:
+    return values.transpose(0, 1).flatten(1).cpu().numpy()
+
+
+def _heads_of(values: Float[Tensor, "layer prompt head"]) -> pd.DataFrame:
+    heads = pd.MultiIndex.from_product([range(len(values)), range(values.shape[2])])
     table = heads.to_frame(index=False, name=["layer", "head"])
-    return table.assign(share=found["value"], low=found["low"], high=found["high"])
+    return table.assign(name=head_name(table["layer"], table["head"]))
+
+
+def variation_shares(
+    parts: Float[Tensor, "part layer prompt head dest src"], mask: Bool[Tensor, "prompt pos"]
+) -> pd.DataFrame:
+    """How much each part adds to the variation of the scores: Cov(part, score) / Var(score).
+
+    Variation is about the mean of each softmax row, or about the mean of all visible pairs. One
+    row per scope, part and head: scope, part, layer, head, share; shares of a head sum to 1.
+    """
+    whole, seen, tables = parts.sum(0), visible(mask).to(parts.device), []
+    for scope, dims in VARIATIONS.items():
+        part, score = (_about_mean(x, seen, dims) for x in (parts, whole))
+        share = (part * score).sum((2, 4, 5)) / score.square().sum((1, 3, 4))
+        table = tidy(share, ("part", "layer", "head"), "share").assign(scope=scope)
+        tables.append(table.assign(part=[PARTS[k] for k in table["part"]]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def visible(mask: Bool[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt 1 dest src"]:
+    """Which pairs of tokens a head scores: none of padding, and no source after its destination."""
+    return torch.tril(mask[:, None, :, None] & mask[:, None, None, :])
+
+
+def _about_mean(
+    values: Float[Tensor, "*some prompt head dest src"],
+    seen: Bool[Tensor, "prompt 1 dest src"],
+    dims: tuple[int, ...],
+) -> Float[Tensor, "*some prompt head dest src"]:
+    count = seen.sum(dims, keepdim=True).clamp_min(1)
+    return (values - (values * seen).sum(dims, keepdim=True) / count) * seen
+
+
+def source_pairs(
+    scores: Float[Tensor, "layer prompt head dest src"],
+    pattern: Float[Tensor, "layer prompt head dest src"],
+    batch: Batch,
+    n: int,
+    least: float = 1e-6,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Two sources of one destination, n times, of random heads and prompts.
+
+    Columns: layer, head, difference (a_ij − a_ij'), odds (A_ij / A_ij'). Left out are pairs of
+    which one has less than `least` of the attention.
+    """
+    rng, last = np.random.default_rng(seed), batch.last.numpy()
+    layer, prompt, head = (rng.integers(size, size=n) for size in scores.shape[:3])
+    dest = rng.integers(1, last[prompt] + 1)
+    one = rng.integers(0, dest + 1)
+    other = (one + rng.integers(1, dest + 1)) % (dest + 1)  # never the same
+    here = layer, prompt, head, dest
+    weights = [pattern[*here, source].cpu().numpy() for source in (one, other)]
+    difference = (scores[*here, one] - scores[*here, other]).cpu().numpy()
+    columns = {"layer": layer, "head": head, "difference": difference}
+    kept = np.minimum(*weights) > least
+    return pd.DataFrame(columns | {"odds": weights[0] / weights[1]})[kept]
+
+
+def attention_between(run: Run, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Attention between roles: pair ("end → IO"), prompt, layer, head, name, order, attention."""
+    tables, prompt, roles = [], torch.arange(len(run)), run.batch.roles
+    for dest, src in pairs:
+        looks = run.pattern[:, prompt, :, roles[dest], roles[src]]
+        table = tidy(looks, ("prompt", "layer", "head"), "attention")
+        tables.append(table.assign(pair=f"{dest} → {src}"))
+    table = pd.concat(tables, ignore_index=True)
+    order = run.batch.table["order"].to_numpy()[table["prompt"]]
+    return table.assign(order=order, name=head_name(table["layer"], table["head"]))
 
 
 def shuffle_sources(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sparse_signals.core.model import head_name
@@ -13,13 +14,15 @@ from sparse_signals.core.run import Run
 from sparse_signals.core.stats import (
     DRAWS,
     bounds,
+    false_discovery,
     participation_ratio,
     random_rotation,
     resample,
+    sign_flip,
 )
 from sparse_signals.heads.svd import HeadSVD, QKForms, head_svd
 
-NULLS = ("shape", "norms", "factors")
+NULLS = ("shape", "factors")
 
 
 def svd_flops(n: int, r: int) -> dict[str, int]:
@@ -47,32 +50,43 @@ def outer_product_table(A: Float[Tensor, "n r"], B: Float[Tensor, "m r"]) -> pd.
 # --- spectra -------------------------------------------------------------------------------------
 
 
-def random_spectra(
-    forms: QKForms, null: str, draws: int = 100, seed: int = 0
-) -> Float[Tensor, "draw layer head r"]:
-    """Singular values of random forms that have one thing in common with each head.
+def random_participation(
+    forms: QKForms, null: str, draws: int = DRAWS, seed: int = 0
+) -> Float[Tensor, "draw layer head"]:
+    """PR of σ² of random forms that have one thing in common with each head.
 
-    "shape": A and B are Gaussian, of the same size (all heads share these draws). "norms": each
-    Gaussian column is stretched to the length of the head's own. "factors": the singular values
-    of A and of B are kept, their directions meet at random.
-    Only the R of A = QR matters, and for Gaussian A it can be drawn directly (Bartlett 1933).
+    "shape": A and B are Gaussian, of the same size. "factors": the singular values of A and of B
+    are kept, their directions meet at random. All heads share the draws. No SVD is needed:
+    Σσ² = ‖M‖² and Σσ⁴ = ‖MᵀM‖² for M with these singular values. Raises ValueError for another
+    null.
     """
     if null not in NULLS:
         raise ValueError(f"null must be one of {NULLS}, not {null!r}")
-    rng = np.random.default_rng(seed)
     layers, heads, n, r = forms.A.shape
     if null == "shape":
-        RA, RB = (_gaussian_r(rng, (draws, 1, 1), n, r) for _ in range(2))
-        return torch.linalg.svdvals(RA @ RB.mT).expand(draws, layers, heads, r)
-    shape = (draws, layers, heads)
-    if null == "norms":
-        lengths = [M.double().cpu().norm(dim=-2) for M in (forms.A, forms.B)]
-        drawn = [(_gaussian_r(rng, shape, n, r), length) for length in lengths]
-        RA, RB = (R * (length / R.norm(dim=-2)).unsqueeze(-2) for R, length in drawn)
-        return torch.linalg.svdvals(RA @ RB.mT)
-    turn = torch.linalg.qr(torch.from_numpy(rng.standard_normal((*shape, r, r))))[0]
-    left, right = (torch.linalg.svdvals(M.double().cpu()) for M in (forms.A, forms.B))
-    return torch.linalg.svdvals(left.unsqueeze(-1) * turn * right.unsqueeze(-2))
+        S = gaussian_spectra(n, r, draws, seed)
+        return participation_ratio(S**2)[:, None, None].expand(draws, layers, heads)
+    left, right = (
+        torch.linalg.svdvals(M.double().cpu()).square().flatten(0, 1) for M in (forms.A, forms.B)
+    )
+    rng, found = np.random.default_rng(seed), torch.empty(draws, layers * heads).double()
+    for draw in range(draws):  # MᵀM of M = diag(a) T diag(b) is diag(b) Tᵀ diag(a²) T diag(b)
+        turn = torch.linalg.qr(torch.from_numpy(rng.standard_normal((r, r))))[0]
+        gram = (left @ (turn[:, :, None] * turn[:, None, :]).flatten(1)).unflatten(1, (r, r))
+        total = torch.einsum("hkk,hk->h", gram, right)
+        squares = torch.einsum("hkl,hk,hl->h", gram.square(), right, right)
+        found[draw] = total.square() / squares
+    return found.unflatten(1, (layers, heads))
+
+
+def gaussian_spectra(n: int, r: int, draws: int = DRAWS, seed: int = 0) -> Float[Tensor, "draw r"]:
+    """Singular values of A Bᵀ with Gaussian A and B of n×r.
+
+    Only the R of A = QR matters, and for Gaussian A it can be drawn directly (Bartlett 1933).
+    """
+    rng = np.random.default_rng(seed)
+    RA, RB = (_gaussian_r(rng, (draws,), n, r) for _ in range(2))
+    return torch.linalg.svdvals(RA @ RB.mT)
 
 
 def _gaussian_r(
@@ -84,40 +98,38 @@ def _gaussian_r(
     return torch.from_numpy(R)
 
 
-def spectrum_bands(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
-    """Every σ beside its null, all σ of a head divided by their root mean square.
-
-    One row per null, head and k: null, layer, head, name, k, sigma, low, high (95 % of random
-    draws).
-    """
+def spectra_table(svd: HeadSVD) -> pd.DataFrame:
+    """Every σ, all σ of a head divided by their root mean square: layer, head, k, sigma, name."""
     ours = _unit(svd.S.cpu())
-    tables = []
-    for null in NULLS:
-        random = _unit(random_spectra(forms, null, draws, seed))
-        low, high = np.quantile(random.numpy(), [0.025, 0.975], axis=0)
-        columns = {"sigma": ours.numpy(), "low": low, "high": high}
-        tables.append(_head_rows(ours.shape, columns, ["layer", "head", "k"]).assign(null=null))
-    return pd.concat(tables, ignore_index=True)
+    return _head_rows(ours.shape, {"sigma": ours.numpy()}, ["layer", "head", "k"])
 
 
-def flatness(svd: HeadSVD, forms: QKForms, draws: int = 100, seed: int = 0) -> pd.DataFrame:
-    """Participation ratios beside their nulls. One row per measure ("σ", "σ²"), null and head.
+def spectrum_band(n: int, r: int, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+    """95 % of the spectra of Gaussian heads of one shape, scaled alike: k, low, high."""
+    random = _unit(gaussian_spectra(n, r, draws, seed)).numpy()
+    low, high = np.quantile(random, [0.025, 0.975], axis=0)
+    return pd.DataFrame({"k": range(r), "low": low, "high": high})
 
-    Columns: measure, null, layer, head, name, ours, random (median), low, high (95 % of draws),
-    verdict ("flatter", "steeper" or "as random").
+
+def flatness(
+    svd: HeadSVD, forms: QKForms, draws: int = DRAWS, rate: float = 0.05, seed: int = 0
+) -> pd.DataFrame:
+    """PR of σ² of every head beside its nulls. One row per null and head.
+
+    Columns: null, layer, head, name, ours, random (median), low, high (95 % of draws), verdict
+    ("flatter", "steeper" or "as random": what is beyond chance at a false-discovery rate of `rate`
+    over all heads, two-sided, by the rank among the draws).
     """
-    tables = []
+    tables, ours = [], participation_ratio(svd.S.cpu() ** 2).numpy()
     for null in NULLS:
-        random = random_spectra(forms, null, draws, seed)
-        for measure, power in {"σ": 1, "σ²": 2}.items():
-            ours = participation_ratio(svd.S.cpu() ** power).numpy()
-            low, middle, high = np.quantile(
-                participation_ratio(random**power).numpy(), [0.025, 0.5, 0.975], axis=0
-            )
-            verdict = np.where(ours > high, "flatter", np.where(ours < low, "steeper", "as random"))
-            columns = {"ours": ours, "random": middle, "low": low, "high": high, "verdict": verdict}
-            table = _head_rows(ours.shape, columns, ["layer", "head"])
-            tables.append(table.assign(measure=measure, null=null))
+        random = random_participation(forms, null, draws, seed).numpy()
+        low, middle, high = np.quantile(random, [0.025, 0.5, 0.975], axis=0)
+        beyond = 1 + np.minimum((random <= ours).sum(0), (random >= ours).sum(0))
+        p = (2 * beyond / (1 + draws)).clip(max=1)
+        real = false_discovery(p.ravel()).reshape(p.shape) <= rate
+        verdict = np.where(real, np.where(ours > middle, "flatter", "steeper"), "as random")
+        columns = {"ours": ours, "random": middle, "low": low, "high": high, "verdict": verdict}
+        tables.append(_head_rows(ours.shape, columns, ["layer", "head"]).assign(null=null))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -132,10 +144,9 @@ def _head_rows(shape: Sequence[int], columns: dict, names: list[str]) -> pd.Data
     return table.assign(name=head_name(table["layer"], table["head"]))
 
 
-def random_flatness(n: int, r: int, draws: int = 200, seed: int = 0) -> pd.DataFrame:
+def random_flatness(n: int, r: int, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     """Participation ratios ÷ r of Gaussian heads of one shape: measure, low, high (95 %)."""
-    size = torch.zeros(1, 1, n, r)
-    S = random_spectra(QKForms(size, size, torch.ones(1)), NULLS[0], draws, seed)
+    S = gaussian_spectra(n, r, draws, seed)
     shares = {"σ": participation_ratio(S) / r, "σ²": participation_ratio(S**2) / r}
     rows = [(name, *np.quantile(share.numpy(), [0.025, 0.975])) for name, share in shares.items()]
     return pd.DataFrame(rows, columns=["measure", "low", "high"])
@@ -236,16 +247,19 @@ def choice_shares(
     right: Int[Tensor, "basis count *heads prompt"],
     total: Int[Tensor, "prompt"],
     counts: Sequence[int],
+    clusters: ArrayLike,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Share of right choices for every K, and how many directions reach 95 %.
 
-    Heads are pooled. Intervals resample prompts and, for random directions, the draw. Returns
-    two tables with value, low, high: one row per basis and K, and one row per basis.
+    Heads are pooled. clusters: the independent unit of every prompt, such as its template.
+    Intervals resample these and, for random directions, the draw. Returns two tables with value,
+    low, high: one row per basis and K, and one row per basis.
     """
     pooled = right.flatten(2, -2).double().mean(2) if right.ndim > 3 else right.double()
-    times = torch.from_numpy(resample(len(total), draws, seed))
+    names, cluster = np.unique(clusters, return_inverse=True)
+    times = torch.from_numpy(resample(len(names), draws, seed)[:, cluster])
     share = torch.einsum("bcp,np->nbc", pooled, times) / (times @ total.double())[:, None, None]
     mean, drawn = share[0], share[1:]
     draw = 1 + torch.arange(draws) % (len(pooled) - 1)
@@ -260,6 +274,31 @@ def choice_shares(
         columns = {"basis": basis, "value": _needed(value.mean(0), counts), "low": low}
         needed.append(columns | {"high": high})
     return pd.concat(shares, ignore_index=True), pd.DataFrame(needed)
+
+
+def basis_verdicts(
+    right: Int[Tensor, "basis count layer head prompt"],
+    total: Int[Tensor, "prompt"],
+    count: int,
+    clusters: ArrayLike,
+    rate: float = 0.05,
+) -> pd.DataFrame:
+    """Whether singular vectors find the right source more often than random directions do.
+
+    right, total: of `choices_kept`; count: the place in its `counts`. The gain is the share of
+    right choices minus the mean share over random directions, in every cluster, whose signs are
+    flipped; false-discovery rate over all heads. One row per head: layer, head, name, gain,
+    verdict ("better", "worse" or "undecided").
+    """
+    more = (right[0, count] - right[1:, count].double().mean(0)).flatten(0, 1).numpy()
+    names, cluster = np.unique(clusters, return_inverse=True)
+    member = (cluster == np.arange(len(names))[:, None]).astype(float)
+    gains = (more @ member.T) / (member @ total.double().numpy())  # head, cluster
+    real = false_discovery(sign_flip(gains)) <= rate
+    mean = gains.mean(1)
+    verdict = np.where(real, np.where(mean > 0, "better", "worse"), "undecided")
+    shape = tuple(right.shape[2:4])
+    return _head_rows(shape, {"gain": mean, "verdict": verdict}, ["layer", "head"])
 
 
 def _needed(share: Float[Tensor, "... count"], counts: Sequence[int]) -> Int[np.ndarray, "..."]:
