@@ -155,7 +155,7 @@ def shares(mine: list[float]) -> pd.DataFrame:
     ([0.6, 0.7], ["more", "more"], ("more than half of the variation in all 2 heads, clearly less "
      "in none of the 2 heads (medians: this head: 65 %")),
     ([0.2, 0.52], ["less", "undecided"], ("more than half of the variation in none of the 2 heads, "
-     "clearly less in 1 of 2 heads (medians: this head: 36 %")),
+     "clearly less in 1 of the 2 heads (medians: this head: 36 %")),
 ])  # fmt: skip
 def test_pair_chart_counts_heads_by_their_verdicts(mine, half, found):
     chart = pair_share(shares(mine), pd.DataFrame({"half": half}), "0.1")
@@ -173,8 +173,8 @@ def test_pair_chart_puts_each_kind_in_its_own_order_and_labels_one_head():
 
 
 @pytest.mark.parametrize(("moves", "found"), [
-    (["repetition", "both", "neither"], ("attention of 2 of 3 heads (most: head 0.1), which name "
-     "comes first that of 1 of 3 heads")),
+    (["repetition", "both", "neither"], ("attention of 2 of the 3 heads (most: head 0.1), which "
+     "name comes first that of 1 of the 3 heads")),
     (["neither"] * 3, ("attention of none of the 3 heads (most: head 0.1), which name comes first "
      "that of none of the 3 heads")),
 ])  # fmt: skip

@@ -113,7 +113,7 @@ def test_title_of_spectra_counts_heads_for_each_null():
     assert words.count("random matrices of the same") == 2
     verdicts = ["steeper", "steeper", "as random"]
     assert charts._counts(pd.Series(verdicts)) == (
-        "2 of 3 heads are clearly steeper and none of the 3 heads clearly flatter than"
+        "2 of the 3 heads are clearly steeper and none of the 3 heads clearly flatter than"
     )
 
 

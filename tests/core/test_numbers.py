@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from sparse_signals.core.numbers import (
-    count_of,
+    counted,
     fmt,
     percent,
     percent_interval,
@@ -66,10 +66,10 @@ def test_a_negative_share_has_a_minus():
 
 
 @pytest.mark.parametrize(("n", "words"), [
-    (0, "none of the 24 heads"), (1, "1 of 24 heads"), (24, "all 24 heads"),
+    (0, "none of the 24 heads"), (1, "1 of the 24 heads"), (24, "all 24 heads"),
 ])  # fmt: skip
 def test_counts_of_none_and_of_all_are_words(n, words):
-    assert count_of(n, 24, "heads") == words
+    assert counted(n, 24, "heads") == words
 
 
 def test_a_share_with_its_interval():

@@ -15,7 +15,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import count_of, percent
+from sparse_signals.core.numbers import counted, percent
 
 NAMED_ROLES = ("IO", "S1", "S2", "third", "end")
 BLUE, ORANGE = COLOURS[:2]
@@ -388,8 +388,8 @@ def pair_share(table: pd.DataFrame, verdicts: pd.DataFrame, head: str) -> alt.To
     found = "; ".join(f"{kind}: {percent(share)}" for kind, share in medians.items())
     title = (
         "The pair carries clearly more than half of the variation in "
-        f"{count_of(count.get('more', 0), len(verdicts), 'heads')}, clearly less in "
-        f"{count_of(count.get('less', 0), len(verdicts), 'heads')} (medians: {found})"
+        f"{counted(int(count.get('more', 0)), len(verdicts), 'heads')}, clearly less in "
+        f"{counted(int(count.get('less', 0)), len(verdicts), 'heads')} (medians: {found})"
     )
     description = (
         "Heads in order of the share of the variation of scores within a softmax row that no "
@@ -422,10 +422,11 @@ def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopL
         alt.Y("repetition:Q").title("repetition: to the name not repeated, minus the other")
         .axis(format="%"),
     )  # fmt: skip
-    styles = colour_and_shape("moves:N", "clearly moved by")
-    styles = {key: channel.sort(kinds) for key, channel in styles.items()}
     legend = alt.Legend(orient="bottom", columns=2)
-    styles = {key: channel.legend(legend) for key, channel in styles.items()}
+    styles = {
+        key: channel.scale(domain=kinds).legend(legend)
+        for key, channel in colour_and_shape("moves:N", "clearly moved by").items()
+    }
     tips = ["name:N", "moves:N", *tooltips("repetition", "place", form=".1%")]
     dots = base.mark_point(filled=True, size=50, opacity=0.8).encode(**styles, tooltip=tips)
     text = base.mark_text(dx=7, align="left").encode(text="label:N")
@@ -435,7 +436,7 @@ def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopL
     moved = {
         effect: heads["moves"].isin([effect, "both"]).sum() for effect in ("repetition", "place")
     }
-    by_name, by_place = (count_of(count, len(heads), "heads") for count in moved.values())
+    by_name, by_place = (counted(int(count), len(heads), "heads") for count in moved.values())
     top = heads.loc[heads["repetition"].abs().idxmax(), "name"]
     title = (
         f"Which name is repeated moves the attention of {by_name} (most: head {top}), which name "

@@ -16,7 +16,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import count_of, fmt, percent, round_significant
+from sparse_signals.core.numbers import counted, fmt, percent, round_significant
 
 COORDINATES = {"u": "destination, x̃·u", "v": "source, x̃·v"}
 LISTED = 6  # tokens at each end of a direction
@@ -359,7 +359,7 @@ def _flatness_grid(heads: pd.DataFrame, chosen: alt.Parameter) -> Layered:
 def _counts(verdicts: pd.Series) -> str:
     count = verdicts.value_counts()
     flatter, steeper = (
-        count_of(count.get(word, 0), len(verdicts), "heads") for word in ("flatter", "steeper")
+        counted(int(count.get(word, 0)), len(verdicts), "heads") for word in ("flatter", "steeper")
     )
     return f"{steeper} are clearly steeper and {flatter} clearly flatter than"
 
@@ -435,4 +435,4 @@ def _points(points: pd.DataFrame, rows: list[str], place: alt.Y) -> tuple[alt.Ch
         tooltip=["row:N", "name:N", alt.Tooltip("share:Q", format=".1%")],
     )
     middle = alt.YOffset("offset:Q").scale(domain=[-31, 31])
-    return dots, base.mark_text(fontSize=10).encode(text="label:N", yOffset=middle)
+    return dots, base.mark_text(fontSize=11).encode(text="label:N", yOffset=middle)

@@ -38,16 +38,18 @@ def interval(value: float, low: float, high: float) -> str:
     return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
 
 
+def counted(number: int, total: int, noun: str = "") -> str:
+    """A part of a number of things in words: "none of the 12 heads", "all 12 heads"."""
+    things = f" {noun}".rstrip()
+    if number in (0, total):
+        return f"none of the {total}{things}" if number == 0 else f"all {total}{things}"
+    return f"{number} of the {total}{things}"
+
+
 def percent(share: float | np.floating) -> str:
     """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
     number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"
     return f"{number}\u00a0%"  # a line never breaks there
-
-
-def count_of(n: int | np.integer, total: int, what: str) -> str:
-    """How many of all, in words where that is none or all: "none of the 24 heads"."""
-    words = {0: "none of the", total: "all"}
-    return f"{words.get(int(n), f'{n} of')} {total:,} {what}"
 
 
 def signed_percent(share: float | np.floating) -> str:
