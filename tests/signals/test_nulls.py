@@ -13,6 +13,7 @@ from sparse_signals.signals.nulls import (
     basis_gaps,
     block_names,
     block_rotation,
+    gap_texts,
     gaps,
     gaussian_slices,
     head_gaps,
@@ -90,7 +91,7 @@ def test_a_code_in_single_directions_beats_blocks_and_a_code_in_blocks_beats_onl
     coords, _, _ = planted()
     sharp = gaps(coords).groupby("null").mean()["participation"]
     assert sharp["blocks of 4"] < -0.5 and sharp["all directions"] < sharp["blocks of 4"]
-    rows = [gaps(rotated(coords, block_rotation(16, 4, 9 + n)), repeats=4) for n in range(20)]
+    rows = [gaps(rotated(coords, block_rotation(16, 4, 9 + n)), repeats=2) for n in range(20)]
     blurred = pd.concat(rows).groupby("null").mean()["participation"]
     assert abs(blurred["blocks of 4"]) < 0.25 and blurred["all directions"] < -2
 
@@ -116,6 +117,9 @@ def test_mean_gaps_have_a_difference_of_differences():
     assert row["value"] == pytest.approx((fire - rest).loc["blocks of 4", "ninety"].mean())
     assert row["low"] <= row["value"] <= row["high"] < 0 and row["verdict"] == "sparser"
     assert table["null"].drop_duplicates().tolist() == [*block_names(16)]
+    texts = gap_texts(table[table["measure"] == "ninety"])
+    assert texts.index.tolist() == [*block_names(16)] and texts.columns[0] == "firing"
+    assert texts.loc["blocks of 4", "firing − silent"].endswith("] sparser")
 
 
 def test_heads_are_tested_over_clusters_with_a_false_discovery_rate():

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from sparse_signals.core.numbers import interval
 from sparse_signals.core.run import Run
 from sparse_signals.core.stats import bootstrap, false_discovery, random_rotation, sign_flip
 from sparse_signals.signals.firings import Pairs
@@ -179,6 +180,14 @@ def head_gaps(
     heads["q"] = heads.groupby("measure")["p"].transform(lambda p: false_discovery(p.to_numpy()))
     words = np.where(heads["value"] < 0, "sparser", "less sparse")
     return heads.assign(verdict=np.where(heads["q"] <= rate, words, "unclear"))[columns]
+
+
+def gap_texts(table: pd.DataFrame, rows: str = "null", columns: str = "kind") -> pd.DataFrame:
+    """A table for reading: value, interval and verdict of every gap, rows and columns in order."""
+    found = zip(table["value"], table["low"], table["high"], table["verdict"], strict=True)
+    texts = [f"{interval(*numbers)} {word}" for *numbers, word in found]
+    wide = table.assign(text=texts).pivot(index=rows, columns=columns, values="text")
+    return wide.loc[table[rows].unique(), table[columns].unique()]
 
 
 def verdict(low: float, high: float) -> str:
