@@ -1,6 +1,5 @@
 """Charts of chapter 3: they draw from small frames, and their titles follow the data."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -49,7 +48,7 @@ def sizes(silent):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("silent", "found"), [(2, "in 2 of 2"), (9, "in 0 of 2")])
+@pytest.mark.parametrize(("silent", "found"), [(2, "in all 2 heads"), (9, "in none of the 2")])
 def test_support_sizes_say_where_silence_is_smaller(silent, found):
     chart = charts.support_sizes(sizes(silent))
     assert found in title(chart) and drawn(chart).count("aria-roledescription") > 5
@@ -61,59 +60,50 @@ def test_heads_can_be_chosen_by_menu():
     assert pick["bind"]["name"]["options"] == ["0.0", "0.1"]
 
 
-def intervals(best):
+def rows_of(kinds, nulls=("blocks of 4", "all directions")):
     rows = [
-        (basis, "firing", measure, 3.0 - (basis == best), 2.5, 3.5)
-        for basis in ("SVD", "random rotation")
+        (kind, null, measure, value, value - 0.5, value + 0.5)
+        for kind, value in kinds.items()
+        for null in nulls
         for measure in charts.SPARSITY_MEASURES
     ]
-    return pd.DataFrame(rows, columns=["basis", "pairs", "measure", "value", "low", "high"])
+    return pd.DataFrame(rows, columns=["kind", "null", "measure", "value", "low", "high"])
 
 
-@pytest.mark.parametrize("best", ["SVD", "random rotation"])
-def test_measure_intervals_name_the_sparsest_basis(best):
-    chart = charts.measure_intervals(intervals(best))
-    assert title(chart).endswith(best) and "random rotation" in drawn(chart)
+def test_gaps_to_nulls_are_named_for_every_kind_of_pairs():
+    table = rows_of({"firing": -1.0, "silent": 0.25, "firing − silent": -1.25})
+    chart = charts.null_gaps(table, "blocks of 4")
+    assert "firing -1.00 [-1.50, -0.500], silent 0.250" in title(chart)
+    assert "By participation ratio" in title(chart) and "blocks of 4" in title(chart)
+    (pick,) = spec(chart)["params"]
+    assert pick["bind"]["options"] == list(charts.SPARSITY_MEASURES)
+    assert "all directions" in drawn(chart)
 
 
-def differences(high):
+def differences(verdict, heads=3):
     rows = [
-        (name, 30, "random rotation", measure, high - 1, high - 2, high)
-        for name in ("0.0", "0.1", "1.0")
+        (f"0.{n}", 30, measure, -1.0 - n, -2.0 - n, 0.5 - n, 0.01, verdict)
+        for n in range(heads)
         for measure in charts.SPARSITY_MEASURES
     ]
-    columns = ["name", "pairs", "null", "measure", "difference", "low", "high"]
+    columns = ["name", "pairs", "measure", "value", "low", "high", "q", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
 
-@pytest.mark.parametrize(("high", "found"), [(-0.5, "in 3 of 3"), (0.5, "in 0 of 3")])
-def test_head_differences_count_clear_heads(high, found):
-    chart = charts.head_differences(differences(high))
-    assert found in title(chart) and "SVD sparser" in drawn(chart)
+@pytest.mark.parametrize(
+    ("verdict", "found"),
+    [("sparser", "3 sparser, none unclear"), ("unclear", "none sparser, 3 unclear")],
+)
+def test_head_differences_count_verdicts(verdict, found):
+    chart = charts.head_differences(differences(verdict), "blocks of 4")
+    assert found in title(chart) and "blocks of 4" in title(chart) and verdict in drawn(chart)
 
 
-def test_head_differences_draw_the_busiest_heads_only():
-    chart = charts.head_differences(differences(-1), most=2)
-    assert "2 heads that fire most" in chart.to_dict()["title"]["subtitle"][0]
-
-
-def test_captured_says_where_the_median_reaches_ninety_percent():
-    share = np.array([0.5, 0.8, 0.95, 1.0])
-    one = pd.DataFrame(
-        {"basis": "SVD", "n": [1, 2, 3, 4], "share": share, "low": share - 0.1, "high": share}
-    )
-    both = pd.concat([one, one.assign(basis="other", share=share**4)])
-    chart = charts.captured(both)
-    assert "3 (SVD)" in title(chart) and "4 (other)" in title(chart) and drawn(chart)
-
-
-@pytest.mark.parametrize(("share", "found"), [(0.9, "uses 4 of its 4"), (0.1, "uses 0 of its 4")])
-def test_vectors_in_use_count_the_frequent_ones(share, found):
-    rows = [
-        (n, k, p, share) for n in ("0.0", "0.1") for k in range(4) for p in ("firing", "silent")
-    ]
-    chart = charts.vectors_in_use(pd.DataFrame(rows, columns=["name", "k", "pairs", "share"]))
-    assert found in title(chart) and drawn(chart)
+def test_head_differences_draw_the_heads_furthest_from_zero():
+    chart = charts.head_differences(differences("sparser", heads=5), "blocks of 4", most=2)
+    assert "2 heads furthest" in chart.to_dict()["title"]["subtitle"][0]
+    (data,) = (x for x in spec(chart)["datasets"].values() if "name" in x[0])
+    assert {row["name"] for row in data} == {"0.3", "0.4"} and "of 5 heads" in title(chart)
 
 
 def test_token_signals_give_the_auc_and_its_chance_line():
@@ -121,6 +111,9 @@ def test_token_signals_give_the_auc_and_its_chance_line():
         {"token": [" Mary", " to", " Mary", " to"], "name": [True, False] * 2,
          "strength": [3.0, 1, 2.5, -1]}
     )  # fmt: skip
-    chart = charts.token_signals(words, 0.987, "0.6 [0.5, 0.7]")
-    assert "AUC 0.99" in title(chart) and "0.6 [0.5, 0.7]" in title(chart)
+    found = pd.Series(
+        {"auc": 0.987, "verdict": "above", "chance": 0.6, "chance_low": 0.5, "chance_high": 0.7}
+    )
+    chart = charts.token_signals(words, found)
+    assert "AUC 0.99, above" in title(chart) and "0.600 [0.500, 0.700]" in title(chart)
     assert "Mary" in drawn(chart)

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from batches import with_roles
+from sparse_signals.core.prompts import PromptError
 from sparse_signals.core.run import Run, run
 from sparse_signals.core.stats import participation_ratio
-from sparse_signals.signals.firings import find_firings, pairs_at, sample_silent, strongest_sources
+from sparse_signals.heads.protagonist import template_of
+from sparse_signals.signals.firings import (
+    ELSEWHERE,
+    ITSELF,
+    find_firings,
+    pairs_at,
+    roles_joined,
+    sample_silent,
+    silent_partners,
+    strongest_sources,
+)
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
 LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
@@ -16,7 +28,7 @@ LEVEL = 0.25  # random models attend weakly: a lower bar gives enough pairs
 
 @pytest.fixture(scope="module", params=KINDS)
 def ran(request, batch):
-    return run(request.getfixturevalue(request.param), batch)
+    return run(request.getfixturevalue(request.param), with_roles(batch))
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +117,56 @@ def test_the_bar_of_a_row_is_one_over_its_participation_ratio(ran):
                 score = ran.q[layer, prompt, head, dest] @ ran.k[layer, prompt, head, src]
                 fires = row[src].item() >= bar - 1e-9 and score.item() >= 0
                 assert ((layer, prompt, head, dest, src) in found) == fires
+
+
+def test_pairs_are_called_by_the_roles_that_they_join(ran, pairs):
+    joined, roles = roles_joined(pairs, ran.batch), ran.batch.roles
+    for n in range(len(pairs)):
+        prompt, dest, src = (int(x[n]) for x in (pairs.prompt, pairs.dest, pairs.src))
+        if joined[n] in (ITSELF, ELSEWHERE):
+            assert (dest == src) == (joined[n] == ITSELF)
+            assert (dest, src) != (roles["S2"][prompt], roles["S1"][prompt])
+        else:
+            one, other = joined[n].split(" → ")
+            assert (dest, src) == (roles[one][prompt], roles[other][prompt])
+    assert len(set(joined)) >= 4
+
+
+def test_roles_of_the_task_are_needed(ran, pairs):
+    plain = replace(ran.batch, roles={"end": ran.batch.roles["end"]})
+    with pytest.raises(PromptError, match="ioi_prompts"):
+        roles_joined(pairs, plain)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_silent_partners_are_the_nearest_by_score(ran, pairs, relative):
+    some = pairs[::19]
+    matched, partners = silent_partners(ran, some, LEVEL, within=0.05, relative=relative)
+    template = torch.tensor(template_of(ran.batch))
+    score = ran.q @ ran.k.mT / ran.model.divisor[:, None, None, None, None]
+    if relative:
+        for i in range(1, score.shape[-1]):
+            row = score[..., i, : i + 1].clone()
+            score[..., i, : i + 1] = row - (row.sum(-1, keepdim=True) - row) / i
+    assert 3 < len(matched) <= len(some) and len(partners) == len(matched)
+    assert (partners.attention < LEVEL).all() and (partners.src < partners.dest).all()
+    place = {int(n): k for k, n in enumerate(matched)}
+    for n in range(len(some)):
+        layer, prompt, head = int(some.layer[n]), int(some.prompt[n]), int(some.head[n])
+        wanted = score[layer, prompt, head, int(some.dest[n]), int(some.src[n])]
+        nearest = np.inf
+        for p in (template == template[prompt]).nonzero().flatten().tolist():
+            for i in range(2, int(ran.mask[p].sum())):
+                quiet = ran.pattern[layer, p, head, i, 1:i] < LEVEL
+                off = (score[layer, p, head, i, 1:i] - wanted).abs()[quiet]
+                nearest = min([nearest, *off.tolist()])
+        if n in place:
+            k = place[n]
+            assert (partners.layer[k], partners.head[k]) == (layer, head)
+            assert template[partners.prompt[k]] == template[prompt]
+            place_of = (int(getattr(partners, c)[k]) for c in ("prompt", "dest", "src"))
+            p, i, j = place_of
+            found = abs((score[layer, p, head, i, j] - wanted).item())
+            assert found == pytest.approx(nearest, abs=1e-12)
+        else:
+            assert nearest > 0.05

@@ -1,5 +1,6 @@
 """The null models of chapter 3 keep what they promise to keep."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,15 +9,20 @@ from sparse_signals.core.run import run
 from sparse_signals.core.stats import random_rotation
 from sparse_signals.signals.firings import Pairs, find_firings, sample_silent
 from sparse_signals.signals.nulls import (
+    MEASURES,
+    basis_gaps,
+    block_names,
+    block_rotation,
+    gap_texts,
+    gaps,
     gaussian_slices,
-    intervals,
+    head_gaps,
+    mean_gaps,
+    rotated,
     rotation_sparsity,
-    shuffled,
-    sparser_heads,
-    sparsity_table,
     verdict,
 )
-from sparse_signals.signals.slices import Coordinates, coordinates, slices, sparsity
+from sparse_signals.signals.slices import Coordinates, head_coordinates, slices, sparsity
 
 LEVEL = 0.25
 
@@ -29,18 +35,6 @@ def ran(request, batch):
 @pytest.fixture(scope="module")
 def pairs(ran):
     return find_firings(ran, LEVEL)
-
-
-def test_shuffling_keeps_the_sources_of_each_head(ran, pairs):
-    coords = coordinates(ran, pairs)
-    mixed = shuffled(coords, pairs)
-    assert torch.equal(mixed.dest, coords.dest) and not torch.equal(mixed.src, coords.src)
-    for layer, head in {
-        (a, b) for a, b in zip(pairs.layer.tolist(), pairs.head.tolist(), strict=True)
-    }:
-        here = (pairs.layer == layer) & (pairs.head == head)
-        before, after = coords.src[here, 0].sort().values, mixed.src[here, 0].sort().values
-        assert torch.equal(before, after)
 
 
 def test_gaussian_null_keeps_the_total_and_the_profile(ran, pairs):
@@ -68,19 +62,89 @@ def test_random_rotation_is_orthogonal_and_seeded():
     assert not torch.equal(turn, random_rotation(16, seed=6))
 
 
-def test_sparse_code_in_a_known_basis_beats_its_rotations():
+def test_block_rotation_mixes_neighbours_alone():
+    turn = block_rotation(10, 4, seed=1)
+    torch.testing.assert_close(turn.mT @ turn, torch.eye(10, dtype=torch.float64))
+    block = torch.arange(10) // 4
+    assert ((turn != 0) == (block[:, None] == block)).all()
+    assert not torch.equal(turn[:4, :4], turn[4:8, 4:8])
+
+
+@pytest.mark.parametrize(
+    ("rank", "widths"), [(8, [2, 4, 8]), (12, [2, 4, 8, 12]), (2, [2]), (64, [2, 4, 8, 16, 32, 64])]
+)
+def test_blocks_double_until_they_hold_all_directions(rank, widths):
+    assert [*block_names(rank).values()] == widths
+
+
+def planted(rank=16, count=200):
+    """A code of two slices in blocks of four of their own; and its pairs, in ten clusters."""
     generator = torch.Generator().manual_seed(0)
-    few = torch.zeros(200, 16, dtype=torch.float64)
-    few[:, :2] = 1 + torch.rand(200, 2, generator=generator, dtype=torch.float64)
-    coords = Coordinates(few, few)
-    ours = sparsity(coords.slices)
-    null = rotation_sparsity(coords, repeats=5)
-    assert (ours["participation"] <= 2 + 1e-9).all() and null["participation"].mean() > 3
-    ids = torch.arange(200)
+    code = torch.zeros(count, rank, dtype=torch.float64)
+    code[:, ::8] = 1 + torch.rand(count, 2, generator=generator, dtype=torch.float64)
+    ids = torch.arange(count)
     pairs = Pairs(ids * 0, ids, ids * 0 + 1, ids, ids, ids.double(), ids.double())
-    heads = sparser_heads(ours, null, pairs).set_index("measure")
-    assert set(heads["name"]) == {"0.1"} and heads.loc["participation", "high"] < 0
-    assert verdict(*heads.loc["participation", ["low", "high"]]) == "sparser"
+    return Coordinates(code, code), pairs, np.arange(count) % 10
+
+
+def test_a_code_in_single_directions_beats_blocks_and_a_code_in_blocks_beats_only_wider_ones():
+    coords, _, _ = planted()
+    sharp = gaps(coords).groupby("null").mean()["participation"]
+    assert sharp["blocks of 4"] < -0.5 and sharp["all directions"] < sharp["blocks of 4"]
+    rows = [gaps(rotated(coords, block_rotation(16, 4, 9 + n)), repeats=2) for n in range(20)]
+    blurred = pd.concat(rows).groupby("null").mean()["participation"]
+    assert abs(blurred["blocks of 4"]) < 0.25 and blurred["all directions"] < -2
+
+
+def test_gaps_are_ours_minus_null_pair_by_pair():
+    coords, _, _ = planted(count=5)
+    slices_of_null = coords.slices.flip(-1) + 1
+    found = gaps(coords, {"other": slices_of_null}, repeats=2)
+    ours, null = sparsity(coords.slices), sparsity(slices_of_null)
+    expected = (ours - null)[list(MEASURES)].astype(float)
+    pd.testing.assert_frame_equal(found.loc["other"], expected, check_names=False)
+    assert found.index.unique("null").tolist() == [*block_names(16), "other"]
+
+
+def test_mean_gaps_have_a_difference_of_differences():
+    coords, _, clusters = planted()
+    fire = gaps(coords, repeats=2)
+    rest = fire + 1.0 + 0.01 * np.arange(len(fire))[:, None] % 0.1
+    table = mean_gaps({"firing": fire, "silent": rest}, clusters)
+    row = table.set_index(["kind", "null", "measure"]).loc[
+        ("firing − silent", "blocks of 4", "ninety")
+    ]
+    assert row["value"] == pytest.approx((fire - rest).loc["blocks of 4", "ninety"].mean())
+    assert row["low"] <= row["value"] <= row["high"] < 0 and row["verdict"] == "sparser"
+    assert table["null"].drop_duplicates().tolist() == [*block_names(16)]
+    texts = gap_texts(table[table["measure"] == "ninety"])
+    assert texts.index.tolist() == [*block_names(16)] and texts.columns[0] == "firing"
+    assert texts.loc["blocks of 4", "firing − silent"].endswith("] sparser")
+
+
+def test_heads_are_tested_over_clusters_with_a_false_discovery_rate():
+    _, pairs, clusters = planted(count=300)
+    head = torch.arange(300) // 100
+    three = Pairs(head, *(getattr(pairs, f) for f in ("prompt", "layer", "dest", "src")),
+                  pairs.attention, pairs.score)  # fmt: skip
+    rng = np.random.default_rng(0)
+    shift = np.repeat([-2.0, 0.0, 2.0], 100)[:, None]
+    found = pd.DataFrame(rng.standard_normal((300, 4)) + shift, columns=list(MEASURES))
+    heads = head_gaps(found, three, clusters).query("measure == 'participation'")
+    assert heads["verdict"].tolist() == ["sparser", "unclear", "less sparse"]
+    assert (heads["pairs"] == 100).all() and (heads["q"] <= 1).all()
+    assert head_gaps(found, three, np.zeros(300)).empty
+
+
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_llama"])
+def test_basis_gaps_compare_the_bases_that_a_model_has(kind, request, batch):
+    ran = run(request.getfixturevalue(kind), batch)
+    pairs = find_firings(ran, LEVEL)
+    found = basis_gaps(ran, pairs)
+    own = sparsity(head_coordinates(ran, pairs).slices) - sparsity(slices(ran, pairs))
+    name = "own coordinates − singular"
+    assert found.loc[name, "settled"].mean() == pytest.approx(own["settled"].mean())
+    assert found.index.unique("null").size == (4 if ran.model.rotary else 1)
 
 
 def test_gaussian_code_does_not_beat_its_rotations():
@@ -95,19 +159,6 @@ def test_gaussian_code_does_not_beat_its_rotations():
 def test_verdict_needs_an_interval_away_from_zero():
     assert verdict(-2.0, -1.0) == "sparser" and verdict(1.0, 2.0) == "less sparse"
     assert verdict(-1.0, 1.0) == "unclear"
-
-
-def test_intervals_are_those_of_each_group(ran, pairs):
-    table = sparsity(slices(ran, pairs))
-    codes = pd.concat(
-        [
-            sparsity_table(pairs, table, "SVD", "firing"),
-            sparsity_table(pairs, table + 1, "more", "firing"),
-        ]
-    )
-    rows = intervals(codes, ["basis", "pairs"]).set_index(["basis", "measure"])
-    assert rows.loc[("SVD", "support"), "value"] == pytest.approx(table["support"].mean())
-    assert rows.loc[("more", "ninety"), "low"] == rows.loc[("SVD", "ninety"), "low"] + 1
 
 
 def test_gaussian_null_of_a_head_without_spread_shares_the_total_evenly():

@@ -4,26 +4,25 @@ import numpy as np
 import pytest
 import torch
 
+from batches import plain_batch
 from sparse_signals.core.model import activations
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import auc, random_rotation
 from sparse_signals.heads.svd import HeadSVD, head_svd
-from sparse_signals.signals.firings import find_firings
-from sparse_signals.signals.nulls import rotated, whitened
+from sparse_signals.signals.firings import find_firings, pairs_at
+from sparse_signals.signals.nulls import block_rotation, rotated
 from sparse_signals.signals.slices import (
     Coordinates,
-    captured_share,
     coordinates,
     head_coordinates,
     model_basis,
-    signal_norm,
-    signal_scores,
+    offset_coordinates,
+    planes_together,
     singular_basis,
     slice_table,
     slices,
     sparsity,
     support,
-    usage_table,
 )
 
 KINDS = ["tiny_gpt2", "tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_gpt_neox"]
@@ -62,9 +61,8 @@ def test_head_coordinates_and_rotations_sum_to_the_score(ran, pairs):
     own = head_coordinates(ran, pairs)
     coords = coordinates(ran, pairs)
     turn = random_rotation(coords.dest.shape[-1], seed=3)
-    spread = rotated(whitened(coords, ran.model, pairs), turn)
     turned = coordinates(ran, pairs, model_basis(ran.model).turned(turn))
-    for other in (own, rotated(coords, turn), spread, turned):
+    for other in (own, rotated(coords, turn), turned):
         torch.testing.assert_close(other.slices.sum(-1), pairs.score, atol=1e-10, rtol=1e-9)
         assert not torch.allclose(other.slices, coords.slices)
     torch.testing.assert_close(turned.slices, rotated(coords, turn).slices)
@@ -149,16 +147,6 @@ def test_sparsity_of_known_slices():
     assert table["cancellation"].tolist() == pytest.approx([1, 1, 4.5])
 
 
-def test_signal_norm_is_the_length_of_the_projection(tiny_gpt2, batch):
-    chosen = torch.tensor([0, 3, 5])
-    x = activations(tiny_gpt2, batch.tokens, ("normalized",))["normalized"][2]
-    x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    V = head_svd(tiny_gpt2).V[2, 1][:, chosen]
-    expected = (x @ V @ V.mT).norm(dim=-1)
-    ours = signal_norm(run(tiny_gpt2, batch), 2, 1, chosen)
-    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-8)
-
-
 def test_no_firing_gives_empty_tables(ran):
     none = find_firings(ran, 1.1)
     nothing = slices(ran, none)
@@ -177,21 +165,6 @@ def test_slice_table_is_sorted_and_adds_up():
     assert table["chosen"].tolist() == [True, False, False] and (table["score"] == 2).all()
 
 
-def test_usage_is_the_share_of_supports_with_each_vector(ran, pairs):
-    chosen = support(slices(ran, pairs))
-    table = usage_table(pairs, chosen)
-    here = (pairs.layer == 1) & (pairs.head == 2)
-    row = table.query("name == '1.2' and k == 3")["share"].item()
-    assert row == pytest.approx(chosen[here, 3].double().mean().item())
-
-
-def test_captured_share_ends_at_the_whole_score(ran, pairs):
-    strong = pairs[pairs.score > 0.1]
-    table = captured_share(slices(ran, strong))
-    assert table["share"].iloc[-1] == pytest.approx(1) and len(table) == ran.model.d_head
-    assert (table["low"] <= table["high"]).all()
-
-
 def test_auc_of_known_orders():
     def found(*values):
         return auc(np.array(values), np.arange(len(values)) < len(values) // 2)
@@ -199,10 +172,40 @@ def test_auc_of_known_orders():
     assert found(3, 2, 1, 0) == 1 and found(0, 2, 1, 3) == 0.25 and found(1, 1, 1) == 0.5
 
 
-def test_signal_score_of_a_single_destination_is_its_score(ran, pairs):
-    one, every = pairs[5:6], torch.arange(ran.model.d_head)
-    whole = signal_scores(ran, one, every)
-    assert whole[one.prompt, one.src].item() == pytest.approx(one.score.item())
-    half = signal_scores(ran, one, every[:4])
-    expected = slices(ran, one)[0, :4].sum().item()
-    assert half[one.prompt, one.src].item() == pytest.approx(expected)
+def test_slices_at_the_distance_sum_to_the_score_and_are_diagonal_there(ran, pairs):
+    coords = offset_coordinates(ran, pairs)
+    torch.testing.assert_close(coords.slices.sum(-1), pairs.score, atol=1e-5, rtol=1e-5)
+    if not ran.model.rotary:
+        assert torch.equal(coords.slices, slices(ran, pairs))
+        return
+    assert not torch.allclose(coords.slices, slices(ran, pairs))
+    relative = coordinates(ran, pairs, relative=True).slices.sum(-1)
+    other = offset_coordinates(ran, pairs, relative=True).slices.sum(-1)
+    torch.testing.assert_close(other, relative, atol=1e-5, rtol=1e-5)
+
+
+def test_slices_at_the_distance_do_not_change_where_both_tokens_move(tiny_llama, batch):
+    """The first layer reads nothing but the token: the same two tokens, one place further on."""
+    tokens = batch.tokens[-1:].clone()
+    tokens[0, 3:5] = tokens[0, 8:10] = torch.tensor([7, 9])
+    ran = run(tiny_llama, plain_batch(tokens, batch.mask[-1:]))
+    head, zero = torch.arange(4).repeat(2), torch.zeros(8, dtype=torch.long)
+    dest = torch.tensor([4, 9]).repeat_interleave(4)
+    pairs = pairs_at(ran, zero, zero, head, dest, dest - 1)
+    first, second = offset_coordinates(ran, pairs).slices.chunk(2)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    first, second = slices(ran, pairs).chunk(2)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_plane_adds_the_same_however_it_is_turned(tiny_llama, batch):
+    ran = run(tiny_llama, batch)
+    pairs = find_firings(ran, LEVEL)
+    own = head_coordinates(ran, pairs)
+    planes = planes_together(own)
+    half = own.dest.shape[-1] // 2
+    added = planes.slices.unflatten(-1, (-1, 2)).sum(-1)
+    torch.testing.assert_close(added, own.slices[:, :half] + own.slices[:, half:])
+    turned = rotated(planes, block_rotation(2 * half, 2, seed=4)).slices
+    assert not torch.allclose(turned, planes.slices)
+    torch.testing.assert_close(turned.unflatten(-1, (-1, 2)).sum(-1), added)

@@ -23,7 +23,8 @@ from sparse_signals.core.model import Model, head_name
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.rotary import rotate
-from sparse_signals.core.stats import participation_ratio, random_rotation
+from sparse_signals.core.stats import participation_ratio
+from sparse_signals.signals.nulls import block_rotation
 from sparse_signals.signals.slices import model_basis, sparsity, support
 
 COMPARISONS = [
@@ -180,7 +181,7 @@ def difference_sparsity(
     """
     rank, pieces = model.d_head, []
     turns = {
-        null: [_rotation(rank, width or rank, 100 * n) for n in range(repeats)]
+        null: [block_rotation(rank, width or rank, 100 * n) for n in range(repeats)]
         for null, width in BLOCKS.items()
     }
     for rows, runs in AlignedRuns.of(model, batch, counterfactual, objective).chunks():
@@ -231,11 +232,3 @@ def _all_heads(runs: AlignedRuns, layer: int) -> Heads:
         seen = torch.zeros_like(seen).scatter(1, runs.last[:, None], True)
     heads = seen[:, None].expand(-1, runs.model.n_heads, -1)
     return Heads(layer, *heads.nonzero(as_tuple=True))
-
-
-def _rotation(rank: int, width: int, seed: int) -> Float[Tensor, "r r"]:
-    """Random rotations of blocks of neighbouring directions; the last one may be narrower."""
-    starts = range(0, rank, width)
-    return torch.block_diag(
-        *(random_rotation(min(width, rank - start), seed + start) for start in starts)
-    )

@@ -1,9 +1,10 @@
-"""Charts of chapter 3: slices, supports, vectors in use, what a signal means."""
+"""Charts of chapter 3: slices, supports, sparsity beside its nulls, what a signal means."""
 
 import altair as alt
 import pandas as pd
 
 from sparse_signals.charts.style import WIDTH, distinct, finish, menu, tooltips
+from sparse_signals.core.numbers import count_of, interval
 
 IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
 TOKEN_KINDS = ["a name", "another word"]
@@ -127,8 +128,8 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
     smaller = int((wide["silent"] < wide["firing"]).sum())
     return finish(
         alt.vconcat(points, bars),
-        f"The published support is smaller for pairs that do not fire in {smaller} of "
-        f"{len(wide)} heads",
+        f"The mean published support is smaller for pairs that do not fire in "
+        f"{count_of(smaller, len(wide), 'heads')}",
         "Dot plot of the mean support size per head, for firing and for silent pairs, and below "
         "it histograms of the sizes for the head that is clicked or chosen in the menu.",
     )
@@ -143,38 +144,11 @@ def _chosen_head(heads: list[str]) -> alt.Parameter:
     )  # fmt: skip
 
 
-def vectors_in_use(table: pd.DataFrame) -> alt.TopLevelMixin:
-    """How often each singular pair is in the support, per head; click a head for its profile.
+def token_signals(table: pd.DataFrame, found: pd.Series) -> alt.TopLevelMixin:
+    """How much signal each kind of token carries.
 
-    Columns: name, k, pairs ("firing", "silent"), share (of pairs whose support has k).
+    table: token, name (bool), strength. found: a row of `message.against_chance`.
     """
-    heads = distinct(table["name"])
-    pick = _chosen_head(heads)
-    grid = alt.Chart(table).transform_filter("datum.pairs == 'firing'").mark_rect().encode(
-        alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
-        alt.Y("name:N").title("head").sort(heads),
-        alt.Color("share:Q").title("share of firings").scale(domain=[0, 1]),
-        stroke=alt.condition(pick, alt.value("currentColor"), alt.value(None)),
-        tooltip=["name:N", "k:O", alt.Tooltip("share:Q", format=".2f")],
-    ).add_params(pick).properties(width=WIDTH - 130, height=alt.Step(14))  # fmt: skip
-    bars = alt.Chart(table).transform_filter(pick).mark_bar().encode(
-        alt.X("k:O").title("singular pair k").axis(labelOverlap=True),
-        alt.Y("share:Q").title("share of pairs").scale(domain=[0, 1]), alt.XOffset("pairs:N"),
-        alt.Fill("pairs:N").title("pairs").scale(domain=["firing", "silent"]),
-        tooltip=["name:N", "k:O", "pairs:N", alt.Tooltip("share:Q", format=".2f")],
-    ).properties(width=WIDTH - 130, height=150)  # fmt: skip
-    often = (table[table["pairs"] == "firing"].set_index("name")["share"] >= 0.5).groupby(level=0)
-    return finish(
-        alt.vconcat(grid, bars),
-        f"A head uses {often.sum().median():.0f} of its {table['k'].nunique()} singular pairs in "
-        "at least half of its firings (median head)",
-        "Heat map of heads by singular pairs: the share of a head's firings whose support holds "
-        "the pair. Below, the same for the chosen head, firing and silent pairs side by side.",
-    )
-
-
-def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelMixin:
-    """How much signal each kind of token carries. Columns: token, name (bool), strength."""
     groups = table.groupby([table["token"].str.strip(), "name"])["strength"]
     table = groups.agg(["mean", "size"]).reset_index()
     table["low"], table["high"] = groups.quantile(0.1).to_numpy(), groups.quantile(0.9).to_numpy()
@@ -195,8 +169,9 @@ def token_signals(table: pd.DataFrame, auc: float, chance: str) -> alt.TopLevelM
     rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     return finish(
         (rules + points).properties(width=WIDTH - 120, height=alt.Step(15)),
-        f"The signal tells names from other tokens with AUC {auc:.2f}; as many random "
-        f"singular pairs of the same head: {chance}",
+        f"In new sentences the signal tells names from other words with AUC {found['auc']:.2f}, "
+        f"{found['verdict']} the range of as many random singular pairs, "
+        + interval(found["chance"], found["chance_low"], found["chance_high"]),
         "Dot plot: for each kind of token, how much of the head's signal it carries; names "
         "are marked by colour and shape.",
     )
@@ -229,32 +204,39 @@ def _token_axis(table: pd.DataFrame) -> str:
     return f"({{{cases}}})[pick_prompt][datum.value]"
 
 
-def measure_intervals(table: pd.DataFrame) -> alt.TopLevelMixin:
-    """Sparsity in every basis with bootstrap intervals; a menu chooses the measure.
+def null_gaps(table: pd.DataFrame, main: str) -> alt.TopLevelMixin:
+    """The singular basis minus its nulls, for firings and pairs that do not fire.
 
-    Columns: basis, pairs, measure, value, low, high.
+    Columns as of `nulls.mean_gaps`: kind, null, measure, value, low, high. A menu chooses the
+    measure; the title speaks of the null `main`, by participation ratio.
     """
-    measures = _measures(table)
-    pick, (measure, *_) = menu("measure", measures), measures
-    rows, kinds = distinct(table["basis"]), distinct(table["pairs"])
+    measures, kinds = _measures(table), distinct(table["kind"])
+    pick, rows = menu("measure", measures), distinct(table["null"])
+    shape = alt.Shape("kind:N").title("pairs").scale(domain=kinds)
     base = alt.Chart(table).transform_filter("datum.measure == measure").encode(
-        alt.Y("basis:N").title(None).sort(rows), alt.YOffset("pairs:N").sort(kinds),
-        alt.Color("pairs:N").title("pairs").scale(domain=kinds),
+        alt.Y("null:N").title(None).sort(rows), alt.YOffset("kind:N").sort(kinds),
+        alt.Color("kind:N").title("pairs").scale(domain=kinds),
     )  # fmt: skip
-    tooltip = ["basis:N", "pairs:N", *tooltips("value", "low", "high", form=".2f")]
-    points = base.mark_point(filled=True, size=80).encode(
-        alt.X("value:Q").title("slices (mean over pairs, 95 % interval)").scale(zero=True),
-        alt.Shape("pairs:N").title("pairs").scale(domain=kinds), tooltip=tooltip,
+    points = base.mark_point(filled=True, size=70).encode(
+        alt.X("value:Q").title("singular basis minus null, in slices (95 % interval)"), shape,
+        tooltip=["null:N", "kind:N", *tooltips("value", "low", "high", form=".2f")],
     )  # fmt: skip
-    chart = (base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q") + points).add_params(pick)
-    first = table[table["measure"] == measure].set_index(["pairs", "basis"])["value"]
-    best = first[kinds[0]].idxmin()
+    lines = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    here = table[(table["null"] == main) & (table["measure"] == next(iter(measures)))]
+    found = [f"{x.kind} {interval(x.value, x.low, x.high)}" for x in here.itertuples()]
     return finish(
-        chart.properties(width=WIDTH - 180, height=alt.Step(14)),
-        f"By {measures[measure]}, the sparsest code of {kinds[0]} pairs is: {best}",
-        "Dot plot with intervals. Rows are bases and null models, colours and shapes the kind of "
-        "pairs; a menu chooses one of four measures of sparsity.",
-    )
+        (_zero() + lines + points).add_params(pick).properties(
+            width=WIDTH - 200, height=alt.Step(13)
+        ),
+        f"By participation ratio, singular vectors against rotated {main}: {', '.join(found)}",
+        "Dot plot with intervals: how many slices fewer the singular basis needs than each null, "
+        "for firings, for pairs that score alike and do not fire, and the difference of the two. "
+        "Left of zero the singular basis is sparser. A menu chooses one of four measures.",
+    )  # fmt: skip
+
+
+def _zero() -> alt.Chart:
+    return alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(x="zero:Q")
 
 
 def _measures(table: pd.DataFrame) -> dict[str, str]:
@@ -263,63 +245,38 @@ def _measures(table: pd.DataFrame) -> dict[str, str]:
     return {name: label for name, label in SPARSITY_MEASURES.items() if name in found}
 
 
-def head_differences(table: pd.DataFrame, most: int = 40) -> alt.TopLevelMixin:
-    """SVD minus null, head by head, with intervals; menus choose the null and the measure.
+def head_differences(table: pd.DataFrame, null: str, most: int = 24) -> alt.TopLevelMixin:
+    """The singular basis minus one null, head by head, with intervals; a menu has the measure.
 
-    Columns: name, pairs (count), null, measure, difference, low, high. Negative: SVD is sparser.
+    Columns as of `nulls.head_gaps`: name, pairs, measure, value, low, high, q, verdict. The heads
+    furthest from zero by the first measure are drawn, `most` of them.
     """
-    busiest = table.drop_duplicates("name").nlargest(most, "pairs")["name"]
-    verdict = pd.Series("unclear", table.index)
-    verdict = verdict.mask(table["high"] < 0, "SVD sparser").mask(table["low"] > 0, "null sparser")
-    table = table.assign(verdict=verdict)
-    shown = table[table["name"].isin(busiest)]
-    nulls, measures = distinct(table["null"]), _measures(table)
-    picks = [menu("against", nulls), menu("measured", measures, "measure")]
-    kinds = ["SVD sparser", "unclear", "null sparser"]
-    base = alt.Chart(shown).transform_filter("datum.null == against && datum.measure == measured")
-    base = base.encode(
-        alt.Y("name:N").title("head").sort(distinct(shown["name"])),
-        alt.Color("verdict:N").title("95 % interval").scale(domain=kinds),
-    )
-    tooltip = ["name:N", "pairs:Q", *tooltips("difference", "low", "high", form=".2f")]
+    measures = _measures(table)
+    first = table[table["measure"] == next(iter(measures))]
+    far = first["value"].abs().nlargest(most).index
+    order = first.loc[far].sort_values("value")["name"].tolist()
+    shown, kinds = table[table["name"].isin(order)], ["sparser", "unclear", "less sparse"]
+    base = alt.Chart(shown).transform_filter("datum.measure == measure").encode(
+        alt.Y("name:N").title("head").sort(order),
+        alt.Color("verdict:N").title("singular basis is").scale(domain=kinds),
+    )  # fmt: skip
     points = base.mark_point(filled=True, size=60).encode(
-        alt.X("difference:Q").title("SVD minus null, in slices"),
-        alt.Shape("verdict:N").title("95 % interval").scale(domain=kinds), tooltip=tooltip,
+        alt.X("value:Q").title("singular basis minus null, in slices (95 % interval)"),
+        alt.Shape("verdict:N").title("singular basis is").scale(domain=kinds),
+        tooltip=["name:N", "pairs:Q", *tooltips("value", "low", "high", "q"), "verdict:N"],
     )  # fmt: skip
-    rules = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
-    zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(x="zero:Q")
-    first = table[(table["null"] == nulls[0]) & (table["measure"] == next(iter(measures)))]
-    clear = (first["verdict"] == kinds[0]).sum()
+    lines = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    words = first["verdict"].value_counts()
+    heads = f"{len(first)} heads" if len(first) != 1 else "one head"
+    found = ", ".join(f"{words.get(kind, 0) or 'none'} {kind}" for kind in kinds)
+    drawn = f"The {most} heads furthest from zero are drawn." if len(first) > most else None
     return finish(
-        (zero + rules + points)
-        .add_params(*picks)
-        .properties(width=WIDTH - 140, height=alt.Step(14)),
-        f"Against the {nulls[0]}, the SVD basis is sparser in {clear} of {len(first)} heads",
-        "Dot plot with intervals, a row per head: sparsity in the SVD basis minus that of a null. "
-        "Left of zero the SVD basis is sparser. Menus choose the null and the measure.",
-        subtitle=None if len(first) <= most else f"The {most} heads that fire most are drawn.",
-    )
-
-
-def captured(table: pd.DataFrame) -> alt.TopLevelMixin:
-    """Share of the score in the n largest slices. Columns: basis, n, share, low, high."""
-    names = distinct(table["basis"])
-    base = alt.Chart(table).encode(
-        alt.X("n:Q").title("number of slices, largest |p| first"),
-        alt.Color("basis:N").title("basis").scale(domain=names),
-    )
-    band = base.mark_area(opacity=0.2).encode(
-        alt.Y("low:Q").title("share of the score (median, middle half)"), alt.Y2("high:Q")
-    )
-    line = base.mark_line().encode(
-        y="share:Q", strokeDash=alt.StrokeDash("basis:N").title("basis").scale(domain=names),
-        tooltip=["basis:N", "n:Q", alt.Tooltip("share:Q", format=".2f")],
+        (_zero() + lines + points).add_params(menu("measure", measures)).properties(
+            width=WIDTH - 140, height=alt.Step(14)
+        ),
+        f"By participation ratio against rotated {null}, of {heads}: {found}",
+        "Dot plot with intervals, a row per head: sparsity in the singular basis minus that of a "
+        "null, on the firings of the task. Colour and shape: the verdict at a false-discovery "
+        "rate of 5 % over heads. A menu chooses the measure.",
+        subtitle=drawn,
     )  # fmt: skip
-    reach = table[table["share"] >= 0.9].groupby("basis")["n"].min()
-    found = ", ".join(f"{reach.get(name, '–')} ({name})" for name in names)
-    return finish(
-        (band + line).properties(height=260),
-        f"Slices until the median pair has reached 90 % of its score: {found}",
-        "Lines of the share of the score held by the n largest slices, one line and one band (the "
-        "middle half of all pairs) per basis.",
-    )

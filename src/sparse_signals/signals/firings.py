@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.model import head_name
+from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import Run
+from sparse_signals.heads.protagonist import template_of
+from sparse_signals.heads.scores import scores
+
+TASK_PAIRS = (("end", "IO"), ("end", "S2"), ("S2", "S1"), ("S2", "S1+1"), ("S1+1", "S1"))
+ITSELF, ELSEWHERE = "a token to itself", "other tokens"
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,74 @@ def sample_silent(run: Run, like: Pairs, level: float = 0.5, seed: int = 0) -> P
     rank = noise.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     taken = (rank < wanted[..., None]) & (noise >= 0)
     return _pairs(run, taken.view_as(silent).movedim(1, 2))
+
+
+def roles_joined(pairs: Pairs, batch: Batch) -> np.ndarray:
+    """What each pair joins: roles of the task ("end → IO", `TASK_PAIRS`), `ITSELF`, `ELSEWHERE`.
+
+    The five pairs of roles are those of the heads in Wang et al. 2023: name movers, S-inhibition,
+    duplicate-token, induction and previous-token heads. Raises PromptError without such roles.
+    """
+    if missing := {role for pair in TASK_PAIRS for role in pair} - set(batch.roles):
+        raise PromptError(f"the prompts have no role {missing.pop()}: use ioi_prompts")
+    dest, src, prompt = (x.cpu() for x in (pairs.dest, pairs.src, pairs.prompt))
+    kinds = {
+        f"{one} → {other}": (dest == batch.roles[one][prompt]) & (src == batch.roles[other][prompt])
+        for one, other in TASK_PAIRS
+    }
+    return np.select(
+        [*(here.numpy() for here in kinds.values()), (dest == src).numpy()],
+        [*kinds, ITSELF],
+        ELSEWHERE,
+    )
+
+
+def silent_partners(
+    run: Run,
+    firings: Pairs,
+    level: float = 0.5,
+    within: float = 0.25,
+    relative: bool = False,
+) -> tuple[Int[Tensor, "matched"], Pairs]:
+    """A pair for each firing that scores the same and does not fire: A_ij < level, 1 ≤ j < i.
+
+    The partner is in the same head, in a prompt of the same template, and of all such pairs its
+    score is nearest. Firings without one `within` so many softmax units are left out: returns which
+    have one, and the partners in the same order. A pair may be the partner of several firings.
+    With `relative` scores are measured from the mean of the others in their row.
+    """
+    length, heads = run.pattern.shape[-1], run.model.n_heads
+    earlier = torch.ones(length, length, dtype=torch.bool, device=run.pattern.device).tril(-1)
+    used = torch.zeros(run.model.n_layers, heads, dtype=torch.bool, device=run.pattern.device)
+    used[firings.layer, firings.head] = True
+    silent = (run.pattern < level) & _visible(run) & earlier & used[:, None, :, None, None]
+    places = silent.nonzero(as_tuple=True)
+    every = _relative(scores(run)) if relative else scores(run)
+    score = every[places].double()
+    ours = every[firings.layer, firings.prompt, firings.head, firings.dest, firings.src].double()
+    template = torch.tensor(template_of(run.batch), device=score.device)
+
+    def group(layer: Tensor, prompt: Tensor, head: Tensor) -> Tensor:
+        return (layer * heads + head) * (int(template.max()) + 1) + template[prompt]
+
+    apart = 4 * float(torch.cat([score, ours]).abs().max()) + 1  # between groups
+    ordered, order = (group(*places[:3]) * apart + score).sort(stable=True)
+    wanted = group(firings.layer, firings.prompt, firings.head) * apart + ours
+    above = torch.searchsorted(ordered, wanted).clamp(1, len(ordered) - 1)
+    nearer = (ordered[above] - wanted).abs() < (ordered[above - 1] - wanted).abs()
+    best = torch.where(nearer, above, above - 1)
+    matched = ((ordered[best] - wanted).abs() <= within).nonzero().flatten()
+    chosen = order[best[matched]]
+    return matched, pairs_at(run, *(place[chosen] for place in places))
+
+
+def _relative(
+    scores: Float[Tensor, "layer prompt head dest src"],
+) -> Float[Tensor, "layer prompt head dest src"]:
+    """a_ij minus the mean of the other scores of its row, the first token's among them."""
+    total = scores.tril().sum(-1, keepdim=True)
+    others = torch.arange(scores.shape[-1], device=scores.device).clamp_min(1)[:, None]
+    return scores - (total - scores) / others
 
 
 def _visible(run: Run) -> Bool[Tensor, "prompt #head dest src"]:

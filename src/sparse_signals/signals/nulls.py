@@ -3,7 +3,7 @@
 Each null keeps the scores of the pairs and destroys one thing that could make them sparse.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import reduce
 from operator import add
 
@@ -11,13 +11,39 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sparse_signals.core.model import Model
-from sparse_signals.core.stats import bootstrap, random_rotation
-from sparse_signals.heads.svd import head_svd
+from sparse_signals.core.numbers import interval
+from sparse_signals.core.run import Run
+from sparse_signals.core.stats import bootstrap, false_discovery, random_rotation, sign_flip
 from sparse_signals.signals.firings import Pairs
-from sparse_signals.signals.slices import Coordinates, sparsity
+from sparse_signals.signals.slices import (
+    Coordinates,
+    coordinates,
+    head_coordinates,
+    offset_coordinates,
+    planes_together,
+    sparsity,
+)
+
+MEASURES = ("participation", "ninety", "settled", "support")
+WHOLE = "all directions"
+FIRING, SILENT, DIFFERENCE = "firing", "silent", "firing − silent"
+
+
+def block_rotation(rank: int, width: int, seed: int) -> Float[Tensor, "r r"]:
+    """Random rotations of blocks of neighbouring directions; the last one may be narrower."""
+    starts = range(0, rank, width)
+    return torch.block_diag(
+        *(random_rotation(min(width, rank - start), seed + start) for start in starts)
+    )
+
+
+def block_names(rank: int) -> dict[str, int]:
+    """How far rotations mix neighbouring directions: blocks of 2, 4, 8 …, and all of them."""
+    powers = range(1, (rank - 1).bit_length())
+    return {f"blocks of {2**n}": 2**n for n in powers} | {WHOLE: rank}
 
 
 def rotated(coords: Coordinates, rotation: Float[Tensor, "r r"]) -> Coordinates:
@@ -26,29 +52,17 @@ def rotated(coords: Coordinates, rotation: Float[Tensor, "r r"]) -> Coordinates:
     return Coordinates(coords.dest @ rotation, coords.src @ rotation)
 
 
-def rotation_sparsity(coords: Coordinates, repeats: int = 20, seed: int = 0) -> pd.DataFrame:
-    """Sparsity measures of every pair, averaged over random rotations of its slices."""
+def rotation_sparsity(
+    coords: Coordinates, width: int | None = None, repeats: int = 32, seed: int = 0
+) -> pd.DataFrame:
+    """Sparsity measures of every pair, averaged over random rotations of its slices.
+
+    Rotations mix blocks of `width` neighbouring directions, which keeps the coarse profile of the
+    slices; without a width all directions.
+    """
     rank = coords.dest.shape[-1]
-    turns = (random_rotation(rank, seed + n) for n in range(repeats))
+    turns = (block_rotation(rank, width or rank, seed + 1000 * n) for n in range(repeats))
     return reduce(add, (sparsity(rotated(coords, turn).slices) for turn in turns)) / repeats
-
-
-def whitened(coords: Coordinates, model: Model, pairs: Pairs) -> Coordinates:
-    """All of σ moved to the source side: rotating these forgets which directions are strong."""
-    svd = head_svd(model)
-    root = (svd.S / svd.divisor[:, None, None]).sqrt()[pairs.layer, pairs.head]
-    safe = torch.where(root > 0, root, 1.0)
-    return Coordinates(coords.dest / safe, coords.src * root)
-
-
-def shuffled(coords: Coordinates, pairs: Pairs, seed: int = 0) -> Coordinates:
-    """Destinations of firings with the sources of other firings of the same head."""
-    group = (pairs.layer * (pairs.head.max() + 1) + pairs.head).cpu().numpy()
-    noise = np.random.default_rng(seed).random(len(group))
-    into, from_ = np.lexsort((np.arange(len(group)), group)), np.lexsort((noise, group))
-    src = coords.src.clone()
-    src[into] = coords.src[from_]
-    return replace(coords, src=src)
 
 
 def gaussian_slices(
@@ -77,39 +91,103 @@ def gaussian_slices(
     return free + share * (total - free.sum(-1))[:, None]
 
 
-def sparser_heads(
-    ours: pd.DataFrame, null: pd.DataFrame, pairs: Pairs, least: int = 20
+def gaps(
+    coords: Coordinates,
+    others: Mapping[str, Float[Tensor, "pair s"]] | None = None,
+    repeats: int = 32,
 ) -> pd.DataFrame:
-    """Head by head, is `ours` sparser than `null` on the same pairs?
+    """How much sparser the slices of every pair are than those of nulls: ours minus null.
 
-    One row per measure and head with at least `least` pairs: name, pairs, and the mean difference
-    with its bootstrap interval. Negative means that ours is sparser.
+    The nulls are rotations of all `block_names`, and `others`: slices of the same pairs, by name.
+    Index: null and pair; a column for each of `MEASURES`, in slices, negative: ours is sparser.
     """
-    where = pairs.table()[["name", "prompt"]]
-    parts = []
-    for name, group in where.groupby("name", sort=False):
-        if len(group) >= least:
-            rows = bootstrap((ours - null).loc[group.index], group["prompt"].to_numpy())
-            parts.append(rows.assign(name=name, pairs=len(group)))
-    columns = ["name", "pairs", "measure", "difference", "low", "high"]
-    if not parts:
+    ours = sparsity(coords.slices)[[*MEASURES]].astype(float)
+    blocks = block_names(coords.dest.shape[-1]).items()
+    nulls = {name: rotation_sparsity(coords, width, repeats) for name, width in blocks}
+    nulls |= {name: sparsity(slices) for name, slices in (others or {}).items()}
+    tables = {name: ours - null[[*MEASURES]] for name, null in nulls.items()}
+    return pd.concat(tables, names=["null", "pair"])
+
+
+def mean_gaps(found: Mapping[str, pd.DataFrame], clusters: ArrayLike) -> pd.DataFrame:
+    """Means of `gaps` with 95 % intervals: one row per kind of pairs, null and measure.
+
+    found: tables with the same index, by kind of pairs; clusters: of every pair. If the kinds are
+    `FIRING` and `SILENT`, the difference of the two, pair by pair, is a third. Columns: kind, null,
+    measure, value, low, high, verdict.
+    """
+    kinds = dict(found)
+    if {FIRING, SILENT} <= set(kinds):
+        kinds[DIFFERENCE] = kinds[FIRING] - kinds[SILENT]
+    parts = {kind: x.unstack("null").swaplevel(axis=1) for kind, x in kinds.items()}
+    wide = pd.concat(parts, axis=1)
+    rows = bootstrap(wide, clusters)
+    keys = pd.DataFrame(rows.pop("measure").tolist(), columns=["kind", "null", "measure"])
+    order = {name: n for n, name in enumerate(next(iter(found.values())).index.unique("null"))}
+    table = keys.join(rows).sort_values("null", key=lambda x: x.map(order), kind="stable")
+    return table.assign(
+        verdict=[verdict(*x) for x in zip(table["low"], table["high"], strict=True)]
+    )
+
+
+def basis_gaps(run: Run, pairs: Pairs) -> pd.DataFrame:
+    """The same scores in other bases, as `gaps`: the sparsity of one basis minus that of another.
+
+    Own coordinates (q_k k_k / √r) against singular vectors. With rotary positions also: own
+    coordinates turned at random within their planes, against themselves; the r/2 planes against
+    the sums of two neighbouring singular pairs; and `offset_coordinates` against singular vectors.
+    """
+    singular, own = coordinates(run, pairs).slices, head_coordinates(run, pairs)
+    svd, plain = sparsity(singular), sparsity(own.slices)
+    found = {"own coordinates − singular": plain - svd}
+    if run.model.rotary:
+        planes = planes_together(own)
+        halves = (sparsity(x.unflatten(-1, (-1, 2)).sum(-1)) for x in (planes.slices, singular))
+        turned = rotation_sparsity(planes, 2)
+        found["own, turned within planes − own"] = turned - plain
+        found["planes − pairs of singular"] = next(halves) - next(halves)
+        at_offset = sparsity(offset_coordinates(run, pairs).slices)
+        found["singular at the distance − singular"] = at_offset - svd
+    tables = {name: table[[*MEASURES]] for name, table in found.items()}
+    return pd.concat(tables, names=["null", "pair"])
+
+
+def head_gaps(
+    found: pd.DataFrame, pairs: Pairs, clusters: ArrayLike, least: int = 20, rate: float = 0.05
+) -> pd.DataFrame:
+    """`gaps` head by head, tested over clusters, with a false-discovery rate over heads.
+
+    found: the rows of one null. Heads with at least `least` pairs in at least six clusters (fewer
+    cannot be told from chance by flipping signs). One row per head and measure: name, pairs,
+    measure, value, low, high (the mean and its 95 % interval), q, and verdict: "sparser" or
+    "less sparse" where q ≤ rate, else "unclear".
+    """
+    table = pairs.table()[["name"]].assign(cluster=np.asarray(clusters))
+    groups = table.groupby("name", sort=False)["cluster"]
+    size = groups.size()
+    tested = size.index[(size >= least) & (groups.nunique() >= 6)]
+    rows = []
+    for name in tested:
+        here = (table["name"] == name).to_numpy()
+        part, cluster = found[here], table["cluster"][here].to_numpy()
+        sums = part.groupby(cluster).sum()
+        p = sign_flip(sums.to_numpy().T)
+        rows.append(bootstrap(part, cluster).assign(name=name, pairs=len(part), p=p))
+    columns = ["name", "pairs", "measure", "value", "low", "high", "q", "verdict"]
+    if not rows:
         return pd.DataFrame(columns=columns)
-    return pd.concat(parts, ignore_index=True).rename(columns={"value": "difference"})[columns]
+    heads = pd.concat(rows, ignore_index=True)
+    heads["q"] = heads.groupby("measure")["p"].transform(lambda p: false_discovery(p.to_numpy()))
+    words = np.where(heads["value"] < 0, "sparser", "less sparse")
+    return heads.assign(verdict=np.where(heads["q"] <= rate, words, "unclear"))[columns]
 
 
-def sparsity_table(pairs: Pairs, sparse: pd.DataFrame, basis: str, kind: str) -> pd.DataFrame:
-    """Sparsity measures with the head and prompt of each pair, the basis, and the kind of pairs."""
-    return pairs.table()[["name", "prompt"]].join(sparse).assign(basis=basis, pairs=kind)
-
-
-def intervals(codes: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean and 95 % interval of every sparsity measure, for each group of a `sparsity_table`."""
-    groups = codes.groupby(by, sort=False)
-    parts = {
-        key: bootstrap(group.drop(columns=["name", "prompt", *by]), group["prompt"].to_numpy())
-        for key, group in groups
-    }
-    return pd.concat(parts, names=by).reset_index(level=by).reset_index(drop=True)
+def gap_texts(table: pd.DataFrame, rows: str = "null", columns: str = "kind") -> pd.DataFrame:
+    """A table for reading: value, interval and verdict of every gap, rows and columns in order."""
+    found = zip(table["value"], table["low"], table["high"], table["verdict"], strict=True)
+    texts = [f"{interval(*numbers)} {word}" for *numbers, word in found]
+    wide = table.assign(text=texts).pivot(index=rows, columns=columns, values="text")
+    return wide.loc[table[rows].unique(), table[columns].unique()]
 
 
 def verdict(low: float, high: float) -> str:

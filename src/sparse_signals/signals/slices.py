@@ -6,7 +6,6 @@ p_k = σ_k (x̃_i·u_k)(v_k·x̃_j) / √r. Pairs are batched: every array start
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from sparse_signals.core.matmul import grouped_matmul
 from sparse_signals.core.model import Model, once_per_model
+from sparse_signals.core.rotary import rotate, rotation, unrotate
 from sparse_signals.core.run import Run
 from sparse_signals.core.stats import participation_ratio
-from sparse_signals.heads.svd import HeadSVD, head_svd
+from sparse_signals.heads.svd import HeadSVD, head_svd, qk_forms
 from sparse_signals.signals.firings import Pairs
 
 
@@ -101,6 +101,49 @@ def head_coordinates(run: Run, pairs: Pairs) -> Coordinates:
     return Coordinates(_queries(run, pairs) / root, _keys(run, pairs) / root)
 
 
+def planes_together(coords: Coordinates) -> Coordinates:
+    """A head's own coordinates in another order: n beside n + r/2, which turn together.
+
+    The sum of two such slices is what a rotary plane adds to the score. Turning q and k alike
+    within a plane changes neither that sum nor anything else that the model does.
+    """
+    order = torch.arange(coords.dest.shape[-1]).unflatten(0, (2, -1)).T.flatten()
+    return Coordinates(coords.dest[:, order], coords.src[:, order])
+
+
+def offset_coordinates(run: Run, pairs: Pairs, relative: bool = False) -> Coordinates:
+    """Slice coordinates in the SVD of the form that a pair of tokens meets at its distance.
+
+    With rotary positions q_i·k_j = x̃_iᵀ A R_{i−j} Bᵀ x̃_j, where R turns queries by the distance
+    (row vectors): each head and distance has an SVD of its own, and moving the two tokens together
+    changes no slice. With learned positions R = 1. `relative`: as for `coordinates`.
+    Angles are rounded by the model, so the slices sum to the score to about 1e-6.
+    """
+    model = run.model
+    if not model.rotary:
+        return coordinates(run, pairs, relative=relative)
+    forms = qk_forms(model)
+    places = torch.stack([pairs.layer, pairs.head, pairs.dest - pairs.src], dim=1)
+    (layer, head, distance), group = _distinct_rows(places)
+    RA, RB = (torch.linalg.qr(M[layer, head], mode="r").R for M in (forms.A, forms.B))
+    RA = rotate(RA, *(x[:, None] for x in rotation(model, distance)))
+    U, S, Vh = torch.linalg.svd(RA @ RB.mT)
+    weight = (S * model.divisor[layer, None]).rsqrt().unsqueeze(-2)
+    back = rotation(model, pairs.src)
+    k = (_relative_keys if relative else _keys)(run, pairs)
+    q, k = (unrotate(x, *back) for x in (_queries(run, pairs), k))
+    sides = ((q, RB.mT @ Vh.mT * weight), (k, RA.mT @ U * weight))
+    return Coordinates(*(grouped_matmul(x, maps, group) for x, maps in sides))
+
+
+def _distinct_rows(
+    rows: Int[Tensor, "row n"],
+) -> tuple[tuple[Int[Tensor, "distinct"], ...], Int[Tensor, "row"]]:
+    """The columns of the distinct rows, and which of these every row is."""
+    found, which = rows.unique(dim=0, return_inverse=True)
+    return found.unbind(1), which
+
+
 def _queries(run: Run, pairs: Pairs) -> Float[Tensor, "pair r"]:
     return run.q[pairs.layer, pairs.prompt, pairs.head, pairs.dest].double()
 
@@ -178,28 +221,6 @@ def sparsity(slices: Float[Tensor, "pair r"], fraction: float | None = 1.0) -> p
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
-def signal_norm(
-    run: Run, layer: int, head: int, vectors: Int[Tensor, "chosen"]
-) -> Float[Tensor, "prompt pos"]:
-    """‖P_V x̃_j‖ of every token, P_V = V_S V_Sᵀ: how much of a head's source signal it carries."""
-    keys = run.k[layer, :, head].double() @ head_svd(run.model).src_map[layer, head]
-    return keys[..., vectors].norm(dim=-1)
-
-
-def signal_scores(
-    run: Run, pairs: Pairs, vectors: Int[Tensor, "chosen"]
-) -> Float[Tensor, "prompt pos"]:
-    """What every token would score with the typical destination of some pairs of one head.
-
-    Σ_{k∈S} d_k s_k with d the mean destination coordinates of the pairs and s the source
-    coordinates of the token: the part of its score, in softmax units, that comes by the signal.
-    """
-    layer, head = int(pairs.layer[0]), int(pairs.head[0])
-    dest = coordinates(run, pairs).dest.mean(0)
-    src = run.k[layer, :, head].double() @ model_basis(run.model).src[layer, head]
-    return src[..., vectors] @ dest[vectors]
-
-
 def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
     """One row per slice of every pair, largest first: n (pair), k, p, rank, running total, chosen.
 
@@ -217,20 +238,3 @@ def slice_table(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
         "score": slices.sum(-1).repeat_interleave(rank),
     }
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
-
-
-def usage_table(pairs: Pairs, supports: Bool[Tensor, "pair r"]) -> pd.DataFrame:
-    """How often each singular pair is in the support: one row per head and k, with the share."""
-    wide = pd.DataFrame(supports.double().cpu().numpy()).rename_axis(columns="k")
-    table = pairs.table()
-    share = wide.groupby([table["layer"], table["head"], table["name"]]).mean()
-    return share.stack().rename("share").reset_index()  # pyright: ignore[reportArgumentType]
-
-
-def captured_share(slices: Float[Tensor, "pair r"]) -> pd.DataFrame:
-    """Share of the score in the n slices of largest |p|: quartiles over pairs, for n = 1 … r."""
-    order = slices.abs().argsort(dim=-1, descending=True, stable=True)
-    share = slices.gather(-1, order).cumsum(-1) / slices.sum(-1, keepdim=True)
-    low, middle, high = np.quantile(share.cpu().numpy(), [0.25, 0.5, 0.75], axis=0)
-    count = np.arange(1, slices.shape[-1] + 1)
-    return pd.DataFrame({"n": count, "share": middle, "low": low, "high": high})
