@@ -10,12 +10,12 @@ from sparse_signals.core.stats import auc
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.signals.message import (
     against_chance,
-    carried,
     learn_message,
     names_and_words,
     random_sets,
     separation_bounds,
     separations,
+    signal_parts,
 )
 from sparse_signals.signals.slices import coordinates, slices, support
 
@@ -29,7 +29,7 @@ def ran(tiny_gpt2, batch):
 def pairs(ran):
     found = find_firings(ran, 0.25)
     busiest = found.table()["name"].mode()[0]
-    return found[torch.as_tensor((found.table()["name"] == busiest).to_numpy())]
+    return found[torch.tensor((found.table()["name"] == busiest).to_numpy())]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,14 @@ def test_a_message_needs_a_pair(ran, pairs):
 def test_what_all_directions_carry_is_the_score_with_the_typical_destination(ran, pairs):
     one = learn_message(ran, pairs[:1])
     words = names_and_words(ran)
-    heard = carried(ran, one, words)["heard"].sum(-1).numpy()
+    heard = signal_parts(ran, one, words)["heard"].sum(-1).numpy()
     here = (words["prompt"] == int(pairs.prompt[0])) & (words["pos"] == int(pairs.src[0]))
     assert heard[here.to_numpy()].item() == pytest.approx(pairs.score[0].item())
 
 
 def test_lengths_are_those_of_the_projection(ran, message):
     words = names_and_words(ran)
-    parts = carried(ran, message, words)["length"]
+    parts = signal_parts(ran, message, words)["length"]
     whole = ran.k[message.layer, 0, message.head, 1].double()
     assert (parts >= 0).all() and parts.shape == (len(words), len(whole))
 
@@ -99,7 +99,7 @@ def test_a_planted_message_is_above_chance_and_a_random_one_is_not(ran, message,
     told[:, message.vectors] += 3 * names / len(message.vectors) ** 0.5
     for parts, verdict in ((told, "above"), (noise, "inside")):
         monkeypatch.setattr(
-            "sparse_signals.signals.message.carried", lambda *_, parts=parts: {"heard": parts}
+            "sparse_signals.signals.message.signal_parts", lambda *_, parts=parts: {"heard": parts}
         )
         row = against_chance(ran, message, words, draws=200).iloc[0]
         assert row["verdict"] == verdict

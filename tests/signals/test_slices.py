@@ -202,10 +202,13 @@ def test_a_plane_adds_the_same_however_it_is_turned(tiny_llama, batch):
     ran = run(tiny_llama, batch)
     pairs = find_firings(ran, LEVEL)
     own = head_coordinates(ran, pairs)
-    planes = planes_together(own)
     half = own.dest.shape[-1] // 2
+    planes = planes_together(own, 2 * half)
     added = planes.slices.unflatten(-1, (-1, 2)).sum(-1)
     torch.testing.assert_close(added, own.slices[:, :half] + own.slices[:, half:])
     turned = rotated(planes, block_rotation(2 * half, 2, seed=4)).slices
     assert not torch.allclose(turned, planes.slices)
     torch.testing.assert_close(turned.unflatten(-1, (-1, 2)).sum(-1), added)
+    part = planes_together(own, half).slices  # of a model that turns half of its coordinates
+    assert torch.equal(part[:, half:], own.slices[:, half:])
+    assert torch.equal(part[:, 1], own.slices[:, half // 2])

@@ -4,7 +4,7 @@ import altair as alt
 import pandas as pd
 
 from sparse_signals.charts.style import WIDTH, distinct, finish, menu, tooltips
-from sparse_signals.core.numbers import count_of, interval
+from sparse_signals.core.numbers import counted, interval
 
 IN_SUPPORT = alt.Color("chosen:N").title("slice is").scale(domain=["in the support", "left out"])
 TOKEN_KINDS = ["a name", "another word"]
@@ -129,7 +129,7 @@ def support_sizes(table: pd.DataFrame) -> alt.TopLevelMixin:
     return finish(
         alt.vconcat(points, bars),
         f"The mean published support is smaller for pairs that do not fire in "
-        f"{count_of(smaller, len(wide), 'heads')}",
+        f"{counted(smaller, len(wide), 'heads')}",
         "Dot plot of the mean support size per head, for firing and for silent pairs, and below "
         "it histograms of the sizes for the head that is clicked or chosen in the menu.",
     )

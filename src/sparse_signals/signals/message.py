@@ -56,23 +56,20 @@ def names_and_words(run: Run) -> pd.DataFrame:
     return table.assign(template=template, name=table["token"].str.strip().isin(names))
 
 
-def carried(run: Run, message: Message, words: pd.DataFrame) -> dict[str, Float[Tensor, "word r"]]:
+def signal_parts(
+    run: Run, message: Message, words: pd.DataFrame
+) -> dict[str, Float[Tensor, "word r"]]:
     """What tokens carry in every singular direction of a head, in two readings.
 
     length: (v_k·x̃_j)², whose sum over S is ‖P_V x̃_j‖² (the published reading). heard: d̄_k s_k,
     whose sum over S is what the typical destination hears of the token, in softmax units.
     """
     layer, head = message.layer, message.head
-    at = (
-        torch.as_tensor(words[name].to_numpy(), device=run.k.device) for name in ("prompt", "pos")
-    )
-    prompt, pos = at
+    prompt, pos = (torch.tensor(words[name].tolist()) for name in ("prompt", "pos"))
     keys = run.k[layer, prompt, head, pos].double()
     lengths = (keys @ head_svd(run.model).src_map[layer, head]).square()
-    return {
-        "length": lengths,
-        "heard": keys @ model_basis(run.model).src[layer, head] * message.dest,
-    }
+    heard = keys @ model_basis(run.model).src[layer, head] * message.dest
+    return {"length": lengths, "heard": heard}
 
 
 def random_sets(rank: int, size: int, draws: int = DRAWS, seed: int = 0) -> Bool[Tensor, "draw r"]:
@@ -129,7 +126,7 @@ def against_chance(
     ours[message.vectors.cpu()], first[:size] = True, True
     sets = torch.cat([torch.stack([ours, first]), random_sets(rank, size, draws)])
     positive, rows = words["name"].to_numpy(), []
-    for reading, parts in carried(run, message, words).items():
+    for reading, parts in signal_parts(run, message, words).items():
         auc, leading, *drawn = separations(parts, sets, positive)
         values = parts[:, message.vectors].sum(-1).cpu().numpy()
         low, high = separation_bounds(values, positive, words["template"].to_numpy())

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sparse_signals.core.numbers import interval
+from sparse_signals.core.rotary import rotation
 from sparse_signals.core.run import Run
 from sparse_signals.core.stats import bootstrap, false_discovery, random_rotation, sign_flip
 from sparse_signals.signals.firings import Pairs
@@ -29,7 +30,7 @@ from sparse_signals.signals.slices import (
 
 MEASURES = ("participation", "ninety", "settled", "support")
 WHOLE = "all directions"
-FIRING, SILENT, DIFFERENCE = "firing", "silent", "firing − silent"
+FIRES, SILENT, DIFFERENCE = "firing", "silent", "firing − silent"
 
 
 def block_rotation(rank: int, width: int, seed: int) -> Float[Tensor, "r r"]:
@@ -113,12 +114,12 @@ def mean_gaps(found: Mapping[str, pd.DataFrame], clusters: ArrayLike) -> pd.Data
     """Means of `gaps` with 95 % intervals: one row per kind of pairs, null and measure.
 
     found: tables with the same index, by kind of pairs; clusters: of every pair. If the kinds are
-    `FIRING` and `SILENT`, the difference of the two, pair by pair, is a third. Columns: kind, null,
+    `FIRES` and `SILENT`, the difference of the two, pair by pair, is a third. Columns: kind, null,
     measure, value, low, high, verdict.
     """
     kinds = dict(found)
-    if {FIRING, SILENT} <= set(kinds):
-        kinds[DIFFERENCE] = kinds[FIRING] - kinds[SILENT]
+    if {FIRES, SILENT} <= set(kinds):
+        kinds[DIFFERENCE] = kinds[FIRES] - kinds[SILENT]
     parts = {kind: x.unstack("null").swaplevel(axis=1) for kind, x in kinds.items()}
     wide = pd.concat(parts, axis=1)
     rows = bootstrap(wide, clusters)
@@ -141,7 +142,8 @@ def basis_gaps(run: Run, pairs: Pairs) -> pd.DataFrame:
     svd, plain = sparsity(singular), sparsity(own.slices)
     found = {"own coordinates − singular": plain - svd}
     if run.model.rotary:
-        planes = planes_together(own)
+        width = rotation(run.model, pairs.dest[:1])[0].shape[-1]
+        planes = planes_together(own, width)
         halves = (sparsity(x.unflatten(-1, (-1, 2)).sum(-1)) for x in (planes.slices, singular))
         turned = rotation_sparsity(planes, 2)
         found["own, turned within planes − own"] = turned - plain

@@ -101,13 +101,15 @@ def head_coordinates(run: Run, pairs: Pairs) -> Coordinates:
     return Coordinates(_queries(run, pairs) / root, _keys(run, pairs) / root)
 
 
-def planes_together(coords: Coordinates) -> Coordinates:
-    """A head's own coordinates in another order: n beside n + r/2, which turn together.
+def planes_together(coords: Coordinates, width: int) -> Coordinates:
+    """A head's own coordinates in another order: n beside n + width/2, which turn together.
 
-    The sum of two such slices is what a rotary plane adds to the score. Turning q and k alike
-    within a plane changes neither that sum nor anything else that the model does.
+    The first `width` coordinates turn; the others, if any, stay where they are. The sum of two
+    such slices is what a rotary plane adds to the score. Turning q and k alike within a plane
+    changes neither that sum nor anything else that the model does.
     """
-    order = torch.arange(coords.dest.shape[-1]).unflatten(0, (2, -1)).T.flatten()
+    place = torch.arange(coords.dest.shape[-1])
+    order = torch.cat([place[:width].unflatten(0, (2, -1)).T.flatten(), place[width:]])
     return Coordinates(coords.dest[:, order], coords.src[:, order])
 
 
