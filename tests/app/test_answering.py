@@ -240,7 +240,7 @@ def test_settings_reach_the_trace(said, out):
 
 def test_documented_columns_are_those_of_the_files(said, out):
     assert said("answer --n 2 --quiet")[0] == 0
-    section = BOOK.read_text(encoding="utf-8").split("## Files of answer")[1]
+    section = BOOK.read_text(encoding="utf-8").split("## Files of answer")[1].split("\n## ")[0]
     edges, circuit = section.split("`circuit.parquet`, ")
     for name, text in (("edges", edges), ("circuit", circuit)):
         rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)

@@ -96,19 +96,35 @@ def test_outputs_of_every_kind_are_compared():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """A place with a good old site, and a jupyter-book that writes a page and may then fail."""
+    """A book of two editions with a good old site; jupyter-book is a stand-in that may fail."""
+    chapter = new_notebook(cells=[new_code_cell('m = open_chapter("01-x", "a")', id="one")])
+    for path in ("book/01-x.ipynb", "editions/b/01-x.ipynb"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        nbformat.write(chapter, tmp_path / path)
+    for path in ("_config.yml", "_toc.yml", build_book.CARD):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
     site = tmp_path / "_build" / "html"
     site.mkdir(parents=True)
     (site / "index.html").write_text("old")
+    for module, name in ((build_book, "ROOT"), (refresh, "ROOT")):
+        monkeypatch.setattr(module, name, tmp_path)
     monkeypatch.setattr(build_book, "BUILD", tmp_path / "_build")
     monkeypatch.setattr(build_book, "SITE", site)
+    monkeypatch.setattr(refresh, "BOOK", tmp_path / "book")
+    monkeypatch.setattr(refresh, "EDITIONS", tmp_path / "editions")
     monkeypatch.delenv("MODEL", raising=False)
 
     def behave(error=None):
         def run(command, **_):
-            page = tmp_path / "_build" / "new" / "_build" / "html" / "index.html"
-            page.parent.mkdir(parents=True)
-            page.write_text("new")
+            source, html = command[2], command[4] / "_build" / "html"
+            model = "a" if source == tmp_path else "b"
+            for name in ("index.html", "book/01-x.html"):
+                (html / name).parent.mkdir(parents=True, exist_ok=True)
+                (html / name).write_text(f'{model} <a href="../_sources/book/01-x.ipynb">')
+            for name in ("_sources/book/01-x.ipynb", f"_images/{model}.png"):
+                (html / name).parent.mkdir(parents=True, exist_ok=True)
+                (html / name).write_text(model)
             if error:
                 raise error
 
@@ -121,8 +137,19 @@ def house(tmp_path, monkeypatch):
 def test_a_good_build_replaces_the_site(house, capsys):
     page = house()
     assert build_book.main() == 0
-    assert page.read_text() == "new"
+    assert page.read_text().startswith("a ")
     assert "make serve" in capsys.readouterr().out
+    assert [path.name for path in page.parents[1].iterdir()] == ["html"]
+
+
+def test_pages_of_other_editions_stand_beside_their_chapters(house):
+    site = house().parent
+    assert build_book.main() == 0
+    pages = {path.name: path.read_text()[0] for path in (site / "book").iterdir()}
+    assert pages == {"01-x.html": "a", "01-x-on-b.html": "b"}
+    assert "_sources/book/01-x-on-b.ipynb" in (site / "book" / "01-x-on-b.html").read_text()
+    assert (site / "_sources" / "book" / "01-x-on-b.ipynb").read_text() == "b"
+    assert {path.name for path in (site / "_images").iterdir()} == {"a.png", "b.png"}
 
 
 @pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "x"), KeyboardInterrupt()])
@@ -131,6 +158,15 @@ def test_a_failed_or_interrupted_build_keeps_the_old_site(house, error, capsys):
     assert build_book.main() == 1
     assert page.read_text() == "old"
     assert "last good site" in capsys.readouterr().err
+
+
+def test_editions_that_are_stored_and_those_of_another_model(house, monkeypatch):
+    house()
+    monkeypatch.setattr(refresh, "STORED", ("a", "b"))
+    found = [(x.path.parent.name, x.model) for x in refresh.stored()]
+    assert found == [("book", "a"), ("b", "b")]
+    assert [(x.path.parent.name, x.model) for x in refresh.stored("c")] == [("c", "c")]
+    assert [(x.path.parent.name, x.model) for x in refresh.stored("a")] == [("book", "a")]
 
 
 NPM = """\

@@ -70,7 +70,7 @@ def _estimate(value: Any, low: float, high: float) -> Estimate:
     return Estimate(value, low, high) if low < high else Estimate(value)
 
 
-def _counts(counts: pd.DataFrame, batch: Batch) -> Found:
+def _tallies(counts: pd.DataFrame, batch: Batch) -> Found:
     """The sum of every column over as many prompts as there are."""
     n = len(batch.tokens)
     return {
@@ -79,7 +79,7 @@ def _counts(counts: pd.DataFrame, batch: Batch) -> Found:
     }
 
 
-def _by_prompt(rows: pd.DataFrame, fact: pd.Series, value: Any, batch: Batch) -> pd.DataFrame:
+def _within_prompts(rows: pd.DataFrame, fact: pd.Series, value: Any, batch: Batch) -> pd.DataFrame:
     """Σ value of the rows of every prompt (also of those without any) and fact."""
     table = pd.DataFrame({"prompt": rows["prompt"], "fact": fact, "value": value})
     sums = table.astype({"value": float}).groupby(["prompt", "fact"])["value"].sum()
@@ -132,11 +132,11 @@ def firing_facts(firings: pd.DataFrame, heads: set[str], batch: Batch) -> Found:
     }
     found = {}
     for section, rows in kinds.items():
-        counts = _by_prompt(rows, rows["name"], 1.0, batch).reindex(columns=sorted(heads))
-        found |= _counts(counts.fillna(0.0).add_prefix(f"{section}/"), batch)
+        counts = _within_prompts(rows, rows["name"], 1.0, batch).reindex(columns=sorted(heads))
+        found |= _tallies(counts.fillna(0.0).add_prefix(f"{section}/"), batch)
     section = "support_size_mean_ioi/"
     sums, weights = (
-        _by_prompt(firings, section + firings["name"], value, batch)
+        _within_prompts(firings, section + firings["name"], value, batch)
         for value in (firings["size"], 1.0)
     )
     return found | _ratios(sums, weights, batch)
@@ -154,8 +154,8 @@ def mover_facts(firings: pd.DataFrame, coordinates: pd.DataFrame, batch: Batch) 
     """
     ours = firings[_from_end_to_io(firings, batch) & (firings["name"] == MOVER)]
     columns = {"firings": 1.0, "support_total": ours["size"]}
-    tables = [_by_prompt(ours, pd.Series(x, ours.index), y, batch) for x, y in columns.items()]
-    found = _counts(pd.concat(tables, axis=1).reindex(columns=list(columns)).fillna(0.0), batch)
+    tables = [_within_prompts(ours, pd.Series(x, ours.index), y, batch) for x, y in columns.items()]
+    found = _tallies(pd.concat(tables, axis=1).reindex(columns=list(columns)).fillna(0.0), batch)
     uses = ours["vectors"].explode().value_counts()
     vectors = sorted(int(k) for k in uses.index[uses >= OFTEN * len(batch.tokens)])
     if vectors:
@@ -168,7 +168,9 @@ def mover_facts(firings: pd.DataFrame, coordinates: pd.DataFrame, batch: Batch) 
         is_name = pd.Series(names[rows["prompt"], rows["pos"]], rows.index)
         found["name_projection_auc"] = Estimate(auc(rows["length"], is_name))
         kind = is_name.map({True: "name_projection_mean", False: "other_projection_mean"})
-        sums, weights = (_by_prompt(rows, kind, value, batch) for value in (rows["length"], 1.0))
+        sums, weights = (
+            _within_prompts(rows, kind, value, batch) for value in (rows["length"], 1.0)
+        )
         found |= _ratios(sums, weights, batch)
     return {f"head_9_9_end_to_IO/{name}": estimate for name, estimate in found.items()}
 
@@ -218,7 +220,7 @@ def effect_facts(singles: pd.DataFrame, batch: Batch) -> Found:
     found = {}
     for column, name in {"F_change": "logit_diff", "score_change": "score"}.items():
         fact = edge + "/" + rows["scope"] + "/" + name
-        sums, weights = (_by_prompt(rows, fact, x, batch) for x in (rows[column], 1.0))
+        sums, weights = (_within_prompts(rows, fact, x, batch) for x in (rows[column], 1.0))
         found |= _ratios(sums, weights, batch)
     return found
 
@@ -246,11 +248,11 @@ def joint_facts(sets: pd.DataFrame, section: Mapping[str, Any], batch: Batch) ->
     pattern = sets["set"].map(ends)
     ends = [x.format(scope) for x, scope in zip(pattern, sets["scope"], strict=True)]
     fact = f"{path}/" + sets["key"].map(keys) + "/" + pd.Series(ends, sets.index, dtype=str)
-    sums, weights = (_by_prompt(sets, fact, value, batch) for value in (sets["F_change"], 1.0))
+    sums, weights = (_within_prompts(sets, fact, value, batch) for value in (sets["F_change"], 1.0))
     found |= _ratios(sums, weights, batch)
     both = sets[(sets["set"] == "together") & (sets["scope"] == "global")]
     fact = f"{path}/" + both["key"].map(keys) + "/prompts"
-    return found | _counts(_by_prompt(both, fact, 1.0, batch), batch)
+    return found | _tallies(_within_prompts(both, fact, 1.0, batch), batch)
 
 
 # --- all of it -----------------------------------------------------------------------------------
