@@ -407,3 +407,11 @@ def test_one_of_a_form_has_no_mean(shipped):
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="must be"):
         AnswerSettings(**wrong)
+
+
+def test_pooled_intervals_do_not_depend_on_how_many_edges_fit(runs, monkeypatch):
+    traced = trace_answer(runs.model, runs.batch, runs.counterfactual)
+    whole = traced.pool(draws=20)
+    monkeypatch.setattr(tracing, "ENTRIES", 21 * 5)  # five edges at once
+    pd.testing.assert_frame_equal(traced.pool(draws=20), whole)
+    assert len(whole) > 5 and (whole["low"] < whole["high"]).any()

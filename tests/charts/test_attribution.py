@@ -134,3 +134,15 @@ def test_a_name_that_closes_a_script_is_data(pooled):
 def test_default_prune_keeps_the_steps_of_the_slider():
     percents = pd.Series([0.34] * 10)
     assert graph.default_prune(percents, graph.Slider("%", 0.1, 1.0)) == pytest.approx(0.3)
+
+
+def test_first_edges_touch_so_many_nodes_and_no_more(pooled):
+    for edges, ends in ((pooled, ("role", "dest_role")), (of_prompt(pooled), ("token", "dest"))):
+        kept = charts.first_edges(edges, 12)
+        pd.testing.assert_frame_equal(kept, edges.head(len(kept)))
+        ways = zip(("upstream", "downstream"), ends, strict=True)
+
+        def touched(table, ways=tuple(ways)):
+            return {node for names in ways for node in zip(*(table[x] for x in names), strict=True)}
+
+        assert len(touched(kept)) <= 12 < len(touched(edges.head(len(kept) + 1)))

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+import vl_convert
 
 from sparse_signals.charts.secants import (
     grouped_intervals,
@@ -23,6 +24,8 @@ def test_a_secant_is_whole_and_derivatives_miss():
     )
     ends = pd.DataFrame({"z": [1.0, 0.0], "g": [1.0, 0.0], "run": ["x", "x′"]})
     assert "the derivative at x 200" in title(secant_picture(curve, ends, "A neuron"))
+    curve.loc[curve["line"] == "derivative at x", "g"] *= -1
+    assert "the derivative at x −200" in title(secant_picture(curve, ends, "A neuron"))
 
 
 @pytest.fixture
@@ -38,6 +41,12 @@ def test_curves_say_how_many_edges_are_enough(curves):
     assert "good with 20" in said
     assert "not by bad" in said
     assert "ranked by nothing here" in title(method_curves(curves.assign(f=0.0)))
+
+
+def test_curves_have_one_legend_with_colour_and_dash(curves):
+    drawn = vl_convert.vegalite_to_vega(specification(method_curves(curves)))
+    (legend,) = drawn["legends"]
+    assert {"stroke", "strokeDash"} <= set(legend)
 
 
 def test_points_of_single_edges_can_be_chosen():

@@ -20,7 +20,7 @@ from sparse_signals.core.model import Model
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.resume import Tables, chunked
-from sparse_signals.core.stats import DRAWS, bounds, resample
+from sparse_signals.core.stats import DRAWS, ENTRIES, bounds, resample
 
 EDGE_KEY = ["upstream", "role", "channel", "downstream", "dest_role"]
 SHARES = ("value", "share", "low", "high")
@@ -122,9 +122,12 @@ class AnswerTrace:
         values = np.bincount(place, rows["value"][mine], size * groups).reshape(size, groups)
         whole = np.bincount(cluster[used], self.prompts["difference"][used], size)
         times = resample(size, draws, seed)
-        found = times @ values / (times @ whole)[:, None]
-        low, high = bounds(found[1:])
-        return values.sum(0) / used.sum(), found[0], np.asarray(low), np.asarray(high)
+        whole, found = (times @ whole)[:, None], np.empty((3, groups))
+        step = max(1, ENTRIES // len(times))
+        for some in (slice(start, start + step) for start in range(0, groups, step)):
+            samples = times @ values[:, some] / whole
+            found[:, some] = samples[0], *bounds(samples[1:])
+        return values.sum(0) / used.sum(), *found
 
     def pooled_tokens(
         self, clusters: Iterable[int] | None = None, draws: int = DRAWS, seed: int = 0

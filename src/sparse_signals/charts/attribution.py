@@ -27,6 +27,7 @@ SHARE_UNIT = "% of the difference"
 SIGNED_SHARE = alt.Tooltip("share:Q", format="+.1%", title="share of the difference")
 STEPS = 100  # of the slider, about
 NAMED_WRITERS = 3
+MOST_NODES = 60  # about as many as can be told apart
 
 
 def answer_graph(edges: pd.DataFrame, order: Sequence[str] = ()) -> alt.TopLevelMixin:
@@ -66,6 +67,16 @@ def answer_prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLe
         *tooltips("value", form=".3g"),
     ]
     return _graph(table, numbered(tokens), "token", tips, "of this prompt")
+
+
+def first_edges(edges: pd.DataFrame, most: int = MOST_NODES) -> pd.DataFrame:
+    """The first edges of a table, of `answer_graph` or a prompt, on at most so many nodes."""
+    places = ["role", "dest_role"] if "role" in edges else ["token", "dest"]
+    columns = zip(("upstream", "downstream"), places, strict=True)
+    nodes = pd.concat([edges[name] + " at " + edges[at].astype(str) for name, at in columns])
+    row = np.tile(np.arange(len(edges)), 2)
+    new = pd.Series(row).groupby(nodes.to_numpy()).min().value_counts()
+    return edges[new.reindex(range(len(edges)), fill_value=0).cumsum().to_numpy() <= most]
 
 
 def numbered(tokens: Sequence[str]) -> list[str]:

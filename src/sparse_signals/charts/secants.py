@@ -11,7 +11,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import percent
+from sparse_signals.core.numbers import percent, signed_percent
 
 ENOUGH = 0.8  # faithfulness at which titles of curves count edges
 
@@ -41,7 +41,7 @@ def secant_picture(curve: pd.DataFrame, ends: pd.DataFrame, what: str) -> alt.To
                 part["z"].iloc[-1] - part["z"].iloc[0]
             )
             misses[line] = slope * (x - x2) / (y - y2)
-    said = ", ".join(f"the {line} {percent(miss)}" for line, miss in misses.items())
+    said = ", ".join(f"the {line} {signed_percent(miss)}" for line, miss in misses.items())
     return finish(
         (base + points).properties(width=WIDTH - 60, height=260),
         f"{what}: the secant gives the whole change, {said} of it",
@@ -59,18 +59,20 @@ def method_curves(table: pd.DataFrame) -> alt.TopLevelMixin:
     pick = alt.selection_point(name="methods", fields=["method"], bind="legend")
     base = alt.Chart(table).encode(
         alt.X("size:Q").title("share of all edges").axis(format="~%").scale(type="log"),
-        alt.Color("method:N").title("ranked by"),
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
     )  # fmt: skip
+    symbol = alt.Legend(symbolType="stroke", symbolSize=300)
     line = base.mark_line(point=True, clip=True).encode(
         alt.Y("f:Q").title("faithfulness f").scale(domain=[-0.5, 1.5]),
+        alt.Color("method:N").title("ranked by").scale(domain=methods).legend(symbol),
         tooltip=["method:N", alt.Tooltip("size:Q", format=".1%"),
                  *tooltips("f", "low", "high", "F", "P", "top1", form=".2f")],
-        strokeDash=alt.StrokeDash("method:N").title("ranked by"),
+        strokeDash=alt.StrokeDash("method:N").title("ranked by").scale(domain=methods).legend(
+            symbol
+        ),
     )  # fmt: skip
-    band = base.mark_area(fillOpacity=0.12, clip=True, strokeOpacity=0).encode(
-        y="low:Q", y2="high:Q"
-    )
+    grey = base.mark_area(color="#808080", fillOpacity=0.25, clip=True)  # coloured, two legends
+    band = grey.encode(y="low:Q", y2="high:Q", detail="method:N")
     one = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(strokeDash=[4, 4]).encode(y="one:Q")
     enough = table[(table["f"] >= ENOUGH) & (table["size"] < 1)].groupby("method")["size"].min()
     first = enough.reindex(methods).dropna().sort_values(kind="stable")
