@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparse_signals.core.numbers import fmt, percent, rounded, signed_percent
+from sparse_signals.core.numbers import counted, fmt, percent, rounded, signed_percent
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,8 @@ def test_a_negative_share_has_a_minus():
         "31\u00a0%",
         "−0.1\u00a0%",
     ]
+
+
+def test_parts_of_a_number_in_words():
+    assert counted(0, 12, "heads") == "none of the 12 heads" and counted(12, 12) == "all 12"
+    assert counted(3, 12, "heads") == "3 of the 12 heads"

@@ -38,6 +38,14 @@ def interval(value: float, low: float, high: float) -> str:
     return f"{fmt(value)} [{fmt(low)}, {fmt(high)}]"
 
 
+def counted(number: int, total: int, noun: str = "") -> str:
+    """A part of a number of things in words: "none of the 12 heads", "all 12 heads"."""
+    things = f" {noun}".rstrip()
+    if number in (0, total):
+        return f"none of the {total}{things}" if number == 0 else f"all {total}{things}"
+    return f"{number} of the {total}{things}"
+
+
 def percent(share: float | np.floating) -> str:
     """A share as people say it: 0.914 is "91 %"; small ones keep a digit."""
     number = f"{100 * share:.0f}" if share >= 0.0095 else f"{100 * share:.1f}"

@@ -1,6 +1,7 @@
 """Intervals, ranks and random matrices: the statistics that every chapter shares."""
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -122,6 +123,53 @@ def group_bootstrap(
             samples = np.divide(samples, total, out=nothing, where=total > 0)
         found[:, start : start + size] = samples[0], *bounds(samples[1:])
     return found
+
+
+def sign_flip(
+    values: Float[np.ndarray, "test cluster"], draws: int = 4000, seed: int = 0
+) -> Float[np.ndarray, "test"]:
+    """p of each row's mean, two-sided, if the sign of every cluster were a matter of chance.
+
+    (1 + samples with a mean at least as far from 0) / (1 + draws). NaN clusters are left out; rows
+    of one call share their flips. Source: Fisher 1935, chapter 3.
+    """
+    filled = np.nan_to_num(values)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, values.shape[1]))
+    sums = np.abs(filled @ signs.T)
+    extreme = sums >= np.abs(filled.sum(1))[:, None] * (1 - 1e-9)
+    return (1 + extreme.sum(1)) / (1 + draws)
+
+
+def false_discovery(p: Float[np.ndarray, "test"]) -> Float[np.ndarray, "test"]:
+    """The smallest false-discovery rate at which each of many tests is a discovery.
+
+    q_(i) = min over j ≥ i of m p_(j) / j, p in ascending order, at most 1.
+    Source: Benjamini and Hochberg 1995.
+    """
+    order, rank = np.argsort(p), np.arange(1, len(p) + 1)
+    q = np.empty(len(p))
+    q[order] = np.minimum.accumulate((p[order] * len(p) / rank)[::-1])[::-1]
+    return q.clip(max=1)
+
+
+def exact_share(found: int, total: int) -> tuple[float, float]:
+    """The exact 95 % interval of the chance of an event that came `found` times in `total`.
+
+    The chances at which as many or more, or as few or fewer, come in 2.5 % of all cases. Source:
+    Clopper and Pearson 1934.
+    """
+    chances = np.array([comb(total, n) for n in range(total + 1)], dtype=float)
+
+    def cut(lowest: int) -> float:
+        """The chance at which `lowest` or more come in 2.5 % of all cases."""
+        low, high, n = 0.0, 1.0, np.arange(lowest, total + 1)
+        for _ in range(60):
+            p = (low + high) / 2
+            tail = (chances[lowest:] * p**n * (1 - p) ** (total - n)).sum()
+            low, high = (p, high) if tail < 0.025 else (low, p)
+        return (low + high) / 2
+
+    return (cut(found) if found else 0.0), (1 - cut(total - found) if found < total else 1.0)
 
 
 def rank_correlation(
