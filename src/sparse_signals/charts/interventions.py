@@ -157,8 +157,8 @@ def _task_title(table: pd.DataFrame) -> str:
     said = []
     for trace in distinct(table["trace"]):
         down, up, total = task_counts(table[table["trace"] == trace])
-        edges = f"the {total} edges" if total != 1 else "the one edge"
-        said.append(f"{trace}: of {edges}, {down} lower the logit difference and {up} raise it")
+        words = f"{counted(down, total)} lower the logit difference too, {up or 'none'} raise it"
+        said.append(f"{trace}: {words if total else 'none'}")
     return "Edges that lower attention when ablated globally. " + "; ".join(said)
 
 
@@ -201,8 +201,8 @@ def joint_losses(table: pd.DataFrame) -> alt.TopLevelMixin:
     more, less = gap_counts(table)
     return finish(
         (line_at("x") + rules + points).properties(width=WIDTH - 160, height=alt.Step(14)),
-        f"Of {len(table)} experiments, {more} lose more together than in sum and {less} less, with "
-        "intervals of the gap clear of zero",
+        f"Of {len(table)} experiments, the loss together is clearly above the sum in "
+        f"{more or 'none'} and clearly below in {less or 'none'}",
         "Dot plot with 95 % intervals, one row an experiment: the loss of the logit difference in "
         "sum when two sets of edges are ablated one at a time, together, and the gap between them.",
     )
@@ -250,8 +250,9 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     up, down = int((clear["value"] > 0).sum()), int((clear["value"] < 0).sum())
     return finish(
         (squares + words).add_params(pick).properties(width=alt.Step(64), height=alt.Step(38)),
-        f"Of {len(table)} pairs of edges, {up} take more of the root's score together than in sum "
-        f"and {down} less, at a false-discovery rate of {100 * RATE:.0f}\xa0%",
+        f"Of {len(table)} pairs of edges, {up or 'none'} take more of the root's score together "
+        f"than in sum and {down or 'none'} less, at a false-discovery rate of "
+        f"{100 * RATE:.0f}\xa0%",
         "Heat map: the Shapley interaction of every two edges into a root, in units of its score; "
         "the number stands in the square, and a frame marks discoveries. A menu chooses the root.",
     )

@@ -36,7 +36,7 @@ def knock_out(
 ) -> pd.DataFrame:
     """Knock out the best path to the firings of a root, trace again, and repeat `number` times.
 
-    The best path is that of `best_paths` from the embeddings to the destination side of the root.
+    The best path is that of `best_paths`, from wherever the trace ends to the destination side.
     Its edge into the root is knocked out: one breaks it, and the others may serve other paths. With
     `freeze_norms` all normalisations divide by what they divide by in the clean run, so that
     nothing comes back only because the rest of the stream is scaled up.
@@ -101,7 +101,7 @@ def _last_edges(traced: Trace, clean: Pairs) -> pd.DataFrame:
 
     Of others there is nothing left to carry. `clean` are the roots in the clean run.
     """
-    paths, roots = best_paths(traced, "dest"), traced.firings[traced.firings["root"]]
+    paths, roots = best_paths(traced, "dest", ends=None), traced.firings[traced.firings["root"]]
     left = roots.loc[roots["score"] > ROUNDING * clean.score.cpu().numpy(), "firing"]
     return paths[paths["root"].isin(left) & (paths["step"] == 0)]
 
