@@ -7,6 +7,7 @@ import pytest
 from sparse_signals.core.stats import (
     bootstrap,
     bounds,
+    exact_share,
     false_discovery,
     group_bootstrap,
     resample,
@@ -225,3 +226,15 @@ def test_few_of_many_true_nulls_are_discovered():
     p = np.random.default_rng(0).uniform(size=(200, 50))
     any_found = np.array([(false_discovery(row) <= 0.05).any() for row in p])
     assert 0.01 <= any_found.mean() <= 0.09
+
+
+@pytest.mark.parametrize("total", [1, 7, 40])
+def test_exact_bounds_of_none_and_all(total):
+    """(1 − p)ⁿ = 0.025 in closed form."""
+    assert exact_share(0, total) == pytest.approx((0, 1 - 0.025 ** (1 / total)), abs=1e-12)
+    assert exact_share(total, total) == pytest.approx((0.025 ** (1 / total), 1), abs=1e-12)
+
+
+def test_exact_bounds_of_a_textbook_case():
+    """Of 8 in 10: 0.4439 to 0.9748."""
+    assert exact_share(8, 10) == pytest.approx((0.4439, 0.9748), abs=1e-4)

@@ -1,5 +1,7 @@
 """Joint effects: known games, and the planted backups."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ import torch
 from sparse_signals.core.run import run
 from sparse_signals.interventions.case import prepare
 from sparse_signals.interventions.joint_effects import (
-    Ablations,
+    alone_and_together,
+    gap_parts,
     interaction_index,
     interactions,
     joint_effect,
-    losses,
+    play,
     strongest_players,
 )
 from sparse_signals.planted.circuits import planted
@@ -63,14 +66,38 @@ def test_players_are_the_informants(known, players):
 
 def test_planted_backups_are_unmasked(known, players):
     """Without rescaling, one informant alone loses us nothing and both lose us the answer."""
-    effect = joint_effect(known.clean, players, Ablations(freeze_norms=True))
+    game = play(known, players, freeze_norms=True)
+    effect = joint_effect(game)
     F = float((clean_difference(known)).mean())
     assert effect["summed"] == pytest.approx(0, abs=1e-3)
-    assert effect["joint"] == pytest.approx(F, rel=1e-3) and effect["ratio"] == np.inf
-    pair = interactions(known.clean, players, Ablations(freeze_norms=True))
+    assert effect["joint"] == pytest.approx(F, rel=1e-3)
+    assert effect["gap"] == pytest.approx(F, rel=1e-3) and np.isnan(effect["ratio"])
+    pair = interactions(game)
     assert pair[["first", "second"]].to_numpy().tolist() == [["1.0", "1.1"]]
     assert pair["value"].item() == pytest.approx(F, rel=1e-3)
     assert pair["low"].item() <= pair["value"].item() <= pair["high"].item()
+
+
+def test_planted_redundancy_is_the_softmax_and_no_backup(known, players):
+    """Half of the score is enough for full attention: no informant reacts to the other's loss."""
+    games = [
+        play(known, players, **how) for how in ({}, {"scope": "local"}, {"freeze_norms": True})
+    ]
+    parts = gap_parts(*games).set_index("part")["value"]
+    assert parts["F"] > 10 and parts["softmax alone"] > 0.9
+    assert abs(parts["rest"]) < 0.1 and abs(parts["score"]) < 1e-6
+    assert parts["attention"] == pytest.approx(parts["softmax alone"] + parts["rest"])
+
+
+def test_alone_in_sum_and_together(known, players):
+    game = play(known, players, every=False)
+    table = alone_and_together(game).set_index("edge")
+    assert table["kind"].tolist() == ["alone", "alone", "sum", "together"]
+    assert table.loc[["1.0", "1.1"], "value"].sum() == pytest.approx(table.loc["sum", "value"])
+    assert table.loc["together", "low"] > 10
+    gap = table.loc["together", "value"] - table.loc["sum", "value"]
+    assert joint_effect(game)["gap"] == pytest.approx(gap)
+    assert interactions(play(known, players))["value"].item() == pytest.approx(gap)
 
 
 def clean_difference(known):
@@ -81,34 +108,45 @@ def clean_difference(known):
 
 def test_scores_add_up_locally(known, players):
     """The score is linear in the query: what both informants take is what each takes, summed."""
-    effect = joint_effect(known.clean, players, Ablations("score", "local"))
+    game = play(known, players, "local")
+    effect = joint_effect(game, "score")
     assert effect["ratio"] == pytest.approx(1, abs=1e-9)
+    assert effect["ratio_low"] == pytest.approx(1, abs=1e-9)
     assert effect["joint"] == pytest.approx(players.names["weight"].sum(), rel=1e-9)
-    pair = interactions(known.clean, players, Ablations("score", "local"))
-    assert pair["value"].item() == pytest.approx(0, abs=1e-9)
+    assert interactions(game, "score")["value"].item() == pytest.approx(0, abs=1e-9)
 
 
 def test_the_two_sides_of_a_score_take_the_same(known):
     """Without its query or without its key, all of the score is gone: ½ of the sum."""
     both = strongest_players(known.traced, "2.0", side=None)
-    effect = joint_effect(known.clean, both, Ablations("score", "local"))
+    effect = joint_effect(play(known, both, "local", every=False), "score")
     assert effect["ratio"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_losses_do_not_depend_on_chunks(known, players, monkeypatch):
-    coalitions = np.arange(4)
-    whole = losses(known.clean, players, coalitions, Ablations())
+    whole = play(known, players)
     monkeypatch.setattr("sparse_signals.interventions.joint_effects.EDGES", 1)
-    assert np.array_equal(losses(known.clean, players, coalitions, Ablations()), whole)
-    assert (whole[:, 0] == 0).all() and (whole[:, 3] > 5).all()
+    assert np.array_equal(play(known, players).lost, whole.lost)
+    assert (whole.of("F")[:, 0] == 0).all() and (whole.together("F") > 5).all()
+
+
+def test_intervals_resample_templates(known, players):
+    game = play(known, players, every=False)
+    one = replace(game, cluster=np.zeros_like(game.cluster))
+    effect = joint_effect(one)
+    assert effect["joint_low"] == effect["joint_high"] == pytest.approx(effect["joint"])
+    batch = known.traced.batch
+    table = batch.table.assign(template=np.arange(len(batch.tokens)) // 2)
+    halves = replace(known, traced=replace(known.traced, batch=replace(batch, table=table)))
+    assert play(halves, players, every=False).cluster.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_too_many_players(known, players, monkeypatch):
     monkeypatch.setattr("sparse_signals.interventions.joint_effects.EXACT", 1)
     with pytest.raises(ValueError, match="at most 1 players"):
-        interactions(known.clean, players)
+        play(known, players)
 
 
-def test_unknown_measure():
+def test_unknown_measure(known, players):
     with pytest.raises(ValueError, match="measure must be one of"):
-        Ablations("probability")
+        play(known, players, every=False).of("probability")

@@ -1,6 +1,5 @@
 """Rules choose heads and edges; planted backups give known joint effects."""
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -9,12 +8,9 @@ from sparse_signals.core.model import BIAS_ROW
 from sparse_signals.core.run import run
 from sparse_signals.interventions.case import prepare
 from sparse_signals.interventions.intervene import Plan, intervene, summary
-from sparse_signals.interventions.joint_effects import interactions, strongest_players
 from sparse_signals.interventions.published import (
     EXPERIMENTS,
-    alone_and_together,
     common_heads,
-    commonest_edges,
     edge_sets,
     find_movers,
     first_heads,
@@ -22,6 +18,7 @@ from sparse_signals.interventions.published import (
     joint_of_sets,
     knock_outs,
     published_experiments,
+    sampled_edges,
     sweep_facts,
     takeovers,
     two_effects,
@@ -61,54 +58,58 @@ def test_backups_are_unmasked_jointly(case):
     first, second = (
         (edges["upstream"] == name) & (edges["downstream"] == "2.0") for name in ("1.0", "1.1")
     )
-    found = joint_of_sets(case, first, second, "global")
-    assert found["together"] < -10 and abs(found["first"]) < 2 and abs(found["second"]) < 2
-    assert found["first"] + found["second"] == pytest.approx(-found["summed"])
+    found = joint_of_sets(case, first, second)
+    assert found["joint"] > 10 and abs(found["first"]) < 2 and abs(found["second"]) < 2
+    assert found["first"] + found["second"] == pytest.approx(found["summed"])
+    assert found["gap"] == pytest.approx(found["joint"] - found["summed"])
     assert found["prompts"] == len(case.traced.batch.tokens)
 
 
-def test_experiments_have_their_ratio(case):
-    table = joint_experiments(case)
-    assert set(table["key"]) <= set(EXPERIMENTS) and len(table) % 2 == 0
-    ratio = table["together"] / (table["first"] + table["second"])
-    finite = np.isfinite(table["ratio"])
-    assert finite.any() and np.allclose(ratio[finite], table["ratio"][finite])
+def test_experiments_have_a_ratio_where_both_are_harm(case):
+    table = joint_experiments(case).set_index("key")
+    assert set(table.index) <= set(EXPERIMENTS)
+    harm = (table["summed_low"] > 0) & (table["joint_low"] > 0)
+    assert (table["ratio"].notna() == harm).all() and 0 < harm.sum() < len(table)
+    ratio = (table["joint"] / table["summed"])[harm]
+    assert table.loc[harm, "ratio"].to_numpy() == pytest.approx(ratio.to_numpy())
 
 
 def test_sets_without_a_common_prompt_have_no_joint_effect(case):
     edges = case.traced.edges
     none = pd.Series(False, index=edges.index)
-    assert joint_of_sets(case, none, ~none, "global") == {}
+    assert joint_of_sets(case, none, ~none) == {}
 
 
-def test_edges_alone_and_together(case):
-    table = alone_and_together(case, case.traced.roots[0]).set_index("edge")
-    assert table["kind"].tolist() == ["alone", "alone", "sum", "together"]
-    assert table.loc[["1.0", "1.1"], "value"].sum() == pytest.approx(table.loc["sum", "value"])
-    assert table.loc["together", "low"] > 10
-    pair = interactions(case.clean, strongest_players(case.traced, "2.0"))
-    gap = table.loc["together", "value"] - table.loc["sum", "value"]
-    assert pair["value"].item() == pytest.approx(gap)
-
-
-def test_sweep_of_the_commonest_edges(case):
-    edges = commonest_edges(case.traced, 3)
-    assert BIAS_ROW not in set(edges["upstream"])
-    assert len(edges) == 3 * len(case.traced.batch.tokens)
-    found = summary(intervene(case.traced, edges, Plan(randoms=1)), case.traced.batch)
-    assert found["edge"].nunique() == 3
+def test_sweep_of_a_random_sample(case):
+    sample = sampled_edges(case.traced, 3, least=2)
+    assert BIAS_ROW not in set(sample.edges["upstream"])
+    assert len(sample.keys) == 3 <= sample.often <= sample.pooled
+    again = sampled_edges(case.traced, 3, least=2)
+    assert again.keys.equals(sample.keys) and again.rare.equals(sample.rare)
+    assert not set(sample.edges.index) & set(sample.rare.index)
+    table = intervene(case.traced, sample.edges, Plan(randoms=1))
+    found = summary(table, case.traced.batch, keys=sample.keys)
+    assert found["edge"].nunique() == 3 and (found["p"] <= found["q"]).all()
     assert "random" not in set(found["control"])  # the supports leave no vector to draw
     facts = sweep_facts(found).set_index("fact")
     assert set(facts.index) <= set(published()["intervention_summary"])
-    assert facts.loc["share_local_lowers_score", "value"] == 1
+    share = facts.loc["share_local_lowers_score"]
+    assert share[["value", "high"]].tolist() == [1, 1]
+    assert share["low"] == pytest.approx(0.025 ** (1 / 3))  # of three edges
     assert (facts["low"] <= facts["value"]).all() and (facts["value"] <= facts["high"]).all()
     assert len(two_effects(found)) == 6
+
+
+def test_edges_that_are_in_no_template_often_enough_are_rare(case):
+    sample = sampled_edges(case.traced, 3, least=10**6)
+    assert sample.keys.empty and sample.edges.empty and sample.often == 0
+    assert len(sample.rare) == 9
 
 
 def test_first_prompts_alone(case):
     few = case.first(2)
     assert few.traced.edges["prompt"].max() == 1 and len(few.clean.end) == 2
-    assert len(intervene(few.traced, commonest_edges(few.traced, 2))) > 0
+    assert len(intervene(few.traced, few.traced.edges.head(4))) > 0
 
 
 def test_knock_outs_with_free_and_frozen_scales(case):
@@ -120,7 +121,6 @@ def test_knock_outs_with_free_and_frozen_scales(case):
 
 def test_published_table():
     facts = published()["multi_edge_mean_change_in_logit_diff"]
-    table = published_experiments(facts)
-    assert len(table) == 2 * len(EXPERIMENTS) and set(table["key"]) == set(EXPERIMENTS)
-    row = table[(table["key"] == "K") & (table["scope"] == "global")].iloc[0]
-    assert row["ratio"] == pytest.approx(-3.735 / (-1.54 - 1.164))
+    table = published_experiments(facts).set_index("key")
+    assert set(table.index) == set(EXPERIMENTS) and "ratio" not in table
+    assert table.loc["K", ["first", "second", "together"]].tolist() == [1.54, 1.164, 3.735]

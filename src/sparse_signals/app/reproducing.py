@@ -18,8 +18,9 @@ from sparse_signals.core.numbers import fmt, is_number
 from sparse_signals.core.prompts import Batch, encode, ioi_prompts
 from sparse_signals.core.reading import read_texts, with_names
 from sparse_signals.core.resume import alone_in, atomic, remove_leftovers, write_parquet
+from sparse_signals.interventions.case import templates_of
 from sparse_signals.interventions.published_facts import side_by_side
-from sparse_signals.interventions.reproduction import PROMPTS, measure, templates_of
+from sparse_signals.interventions.reproduction import PROMPTS, measure
 
 TABLE, SHEET, PAGE = "numbers.parquet", "numbers.csv", "numbers.md"
 PRINTED = ["fact", "published", "computed", "difference", "tolerance", "verdict"]

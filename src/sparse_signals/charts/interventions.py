@@ -13,19 +13,19 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
+from sparse_signals.core.numbers import counted
 
 CHANGES = {
     "score_change": "change of the reader's score",
     "attention_change": "change of the reader's attention",
     "F_change": "change of logit(IO) − logit(S)",
 }
-FRAME = (-1.0, 3.0)  # ratios beyond are drawn at the edge
+RATE = 0.05  # false-discovery rate below which titles count an effect
 ROOT_MEASURES = {
     "score": "score of the root",
     "attention": "attention of the root",
     "F": "logit(IO) − logit(S)",
 }
-NOISE = 1e-9  # effects below are rounding
 
 
 def together(table: pd.DataFrame) -> alt.TopLevelMixin:
@@ -61,50 +61,54 @@ def together(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def sweep_dots(table: pd.DataFrame) -> alt.TopLevelMixin:
-    """Every pooled edge changed alone beside its controls; menus for scope, mode and measure.
+    """Every pooled edge ablated alone beside its controls; menus for scope and measure.
 
-    The table of `intervene.summary`: edge, scope, mode, control ("signal", "random", "other
-    prompt"; others are left out), measure, value, low, high, prompts.
+    The table of `intervene.summary`: edge, scope, control ("signal", "random", "other prompt";
+    others are left out), measure, value, low, high, q, prompts.
     """
     controls = ["signal", "random", "other prompt"]
-    columns = ["edge", "scope", "mode", "control", "measure", "value", "low", "high", "prompts"]
+    columns = ["edge", "scope", "control", "measure", "value", "low", "high", "q", "prompts"]
     table = table[table["control"].isin(controls) & table["measure"].isin(CHANGES)][columns]
-    pick = [menu("scope", ["local", "global"]), menu("mode", ["ablate", "boost"]),
-            menu("measure", CHANGES)]  # fmt: skip
-    chosen = "datum.scope == scope && datum.mode == mode && datum.measure == measure"
+    pick = [menu("scope", ["local", "global"]), menu("measure", CHANGES)]
+    chosen = "datum.scope == scope && datum.measure == measure"
     base = alt.Chart(table).transform_filter(chosen).encode(
         alt.Y("edge:N").title(None).sort(distinct(table["edge"])),
         alt.YOffset("control:N").sort(controls),
     )  # fmt: skip
-    colour = alt.Color("control:N").title("what is changed").scale(domain=controls)
+    colour = alt.Color("control:N").title("what is subtracted").scale(domain=controls)
     points = base.mark_point(filled=True, size=45).encode(
         alt.X("value:Q").title("mean change").scale(zero=True),
         colour,
-        alt.Shape("control:N").title("what is changed").scale(domain=controls),
-        tooltip=["edge:N", "control:N", *tooltips("value", "low", "high"), "prompts:Q"],
+        alt.Shape("control:N").title("what is subtracted").scale(domain=controls),
+        tooltip=["edge:N", "control:N", *tooltips("value", "low", "high", "q"), "prompts:Q"],
     )
     rules = base.mark_rule(strokeWidth=1.5).encode(colour, x="low:Q", x2="high:Q")
     chart = (line_at("x") + rules + points).add_params(*pick)
     ours = table[(table["control"] == "signal") & (table["scope"] == "local")]
-    ours = ours[ours["mode"] == "ablate"].groupby("measure")["high"]
-    below = ours.apply(lambda high: int((high < 0).sum()))
+    below = {name: int(lowered(rows).sum()) for name, rows in ours.groupby("measure")}
+    total = ours["edge"].nunique()
     return finish(
         chart.properties(width=WIDTH - 260, height=alt.Step(11)),
-        f"Ablated in the reader's ear alone, the signals of {below['score_change']} of "
-        f"{ours.size()['score_change']} edges lower the score, and those of "
-        f"{below['F_change']} lower the logit difference, with intervals clear of zero",
-        "Dot plot with 95 % intervals, one row an edge: the mean change when its signal is ablated "
-        "or boosted, beside the same for random signals of equal norm and for the signal of the "
-        "same edge in another prompt. Menus choose scope, mode and what is measured.",
+        f"Ablated in the reader's ear alone, {counted(below['score_change'], total, 'signals')} "
+        f"lower the score, and {counted(below['F_change'], total)} the logit difference, at a "
+        f"false-discovery rate of {100 * RATE:.0f}\xa0%",
+        "Dot plot with 95 % intervals, one row an edge: the mean change when its signal is "
+        "ablated, beside the same for a random signal of equal norm and for the signal of the same "
+        "edge in another prompt. Menus choose scope and what is measured.",
     )
+
+
+def lowered(table: pd.DataFrame, name: str = "") -> pd.Series:
+    """Whether a change is a fall that is discovered at `RATE`: columns value (or `name`) and q."""
+    return (table[name or "value"] < 0) & (table[f"{name}_q" if name else "q"] < RATE)
 
 
 def effects_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Effect on the reader against effect on the answer, local beside global, linked.
 
     Columns: edge, scope, trace, reader, reader_low, reader_high (change of attention), answer,
-    answer_low, answer_high (change of the logit difference). Menus for trace and edge; a click
-    chooses an edge too.
+    answer_low, answer_high (change of the logit difference), and reader_q, answer_q. Menus for
+    trace and edge; a click chooses an edge too.
     """
     traces = distinct(table["trace"])
     first = table["trace"] == traces[0]  # the trace that is shown comes first in the menu
@@ -150,56 +154,63 @@ def effects_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
 
 
 def _task_title(table: pd.DataFrame) -> str:
-    rows = table[(table["scope"] == "global") & (table["reader_high"] < 0)]
     said = []
     for trace in distinct(table["trace"]):
-        group = rows[rows["trace"] == trace]
-        down, up = int((group["answer_high"] < 0).sum()), int((group["answer_low"] > 0).sum())
-        said.append(
-            f"{trace}: of {len(group)} edges {down} lower the logit difference, {up} raise it"
-        )
-    return "Edges that clearly lower attention when ablated globally. " + "; ".join(said)
+        down, up, total = task_counts(table[table["trace"] == trace])
+        words = f"{counted(down, total)} lower the logit difference too, {up or 'none'} raise it"
+        said.append(f"{trace}: {words if total else 'none'}")
+    return "Edges that lower attention when ablated globally. " + "; ".join(said)
 
 
-def global_losses(table: pd.DataFrame) -> pd.DataFrame:
-    """Different global results of which both sum and joint effect are losses: their ratio reads."""
-    rows = table[table["scope"] == "global"].round(9)
-    rows = rows.drop_duplicates(["first", "second", "together"])
-    return rows[(rows["together"] < 0) & (rows["first"] + rows["second"] < 0)]
+def task_counts(table: pd.DataFrame, scope: str = "global") -> tuple[int, int, int]:
+    """Of the edges that lower the reader's attention: how many lower, and raise, the answer; all.
 
-
-def ratios(table: pd.DataFrame) -> alt.TopLevelMixin:
-    """Joint effect ÷ sum of single effects, here and as published; radio buttons for the scope.
-
-    Columns: experiment, source, scope, first, second, together, ratio, low, high.
+    All are discoveries at `RATE`; columns of `effects_compared`.
     """
-    sources = distinct(table["source"])
-    shown = table.assign(**{x: table[x].clip(*FRAME) for x in ("ratio", "low", "high")})
-    pick = menu("scope", ["global", "local"], radio=True)
-    base = alt.Chart(shown).transform_filter("datum.scope == scope").encode(
+    rows = table[(table["scope"] == scope) & lowered(table, "reader")]
+    moved = rows["answer_q"] < RATE
+    down, up = (moved & (rows["answer"] < 0)), (moved & (rows["answer"] > 0))
+    return int(down.sum()), int(up.sum()), len(rows)
+
+
+def joint_losses(table: pd.DataFrame) -> alt.TopLevelMixin:
+    """What two sets of edges lose us in sum and together, and the gap between the two.
+
+    Columns: experiment, and summed, joint and gap with *_low and *_high.
+    """
+    kinds = {"summed": "in sum", "joint": "together", "gap": "gap"}
+    parts = [
+        table[["experiment", name, f"{name}_low", f"{name}_high"]]
+        .set_axis(["experiment", "value", "low", "high"], axis=1)
+        .assign(loss=word)
+        for name, word in kinds.items()
+    ]
+    shown, words = pd.concat(parts, ignore_index=True), list(kinds.values())
+    base = alt.Chart(shown).encode(
         alt.Y("experiment:N").title(None).sort(distinct(table["experiment"])),
-        alt.YOffset("source:N").sort(sources),
-    )  # fmt: skip
-    colour = alt.Color("source:N").title(None).scale(domain=sources)
+        alt.YOffset("loss:N").sort(words),
+    )
+    colour = alt.Color("loss:N").title(None).scale(domain=words)
     points = base.mark_point(filled=True, size=60).encode(
-        alt.X("ratio:Q").title("joint effect ÷ sum of single effects").scale(domain=FRAME),
+        alt.X("value:Q").title("loss of logit(IO) − logit(S)").scale(zero=True),
         colour.legend(orient="bottom"),
-        alt.Shape("source:N").title(None).scale(domain=sources),
-        tooltip=["experiment:N", "source:N", *tooltips("ratio", "low", "high")],
+        alt.Shape("loss:N").title(None).scale(domain=words),
+        tooltip=["experiment:N", "loss:N", *tooltips("value", "low", "high")],
     )
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
-    ours = global_losses(table[table["low"].notna()])
-    below, above = int((ours["high"] < 1).sum()), int((ours["low"] > 1).sum())
+    more, less = gap_counts(table)
     return finish(
-        (line_at("x", 1.0) + rules + points)
-        .add_params(pick)
-        .properties(width=WIDTH - 120, height=alt.Step(14)),
-        f"Together against one by one: of {len(ours)} different global losses here, the ratio is "
-        f"clearly below 1 in {below} and clearly above in {above}",
-        "Dot plot: joint effect over the sum of single effects for six experiments, here with 95 % "
-        "intervals, and as published for GPT-2 small without. Radio buttons choose the scope.",
-        "Dashed: effects that add. Ratios and intervals that reach the edge go on beyond it.",
+        (line_at("x") + rules + points).properties(width=WIDTH - 160, height=alt.Step(14)),
+        f"Of {len(table)} experiments, the loss together is clearly above the sum in "
+        f"{more or 'none'} and clearly below in {less or 'none'}",
+        "Dot plot with 95 % intervals, one row an experiment: the loss of the logit difference in "
+        "sum when two sets of edges are ablated one at a time, together, and the gap between them.",
     )
+
+
+def gap_counts(table: pd.DataFrame) -> tuple[int, int]:
+    """How many experiments have a gap clearly above zero, and how many clearly below."""
+    return int((table["gap_low"] > 0).sum()), int((table["gap_high"] < 0).sum())
 
 
 def line_at(axis: str, at: float = 0.0) -> alt.Chart:
@@ -211,9 +222,9 @@ def line_at(axis: str, at: float = 0.0) -> alt.Chart:
 def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Pairwise Shapley interactions of edges; a menu chooses the root.
 
-    Columns: root, first, second (names of edges), value, low, high.
+    Columns: root, first, second (names of edges), value, low, high, q.
     """
-    clear = (table["low"] > NOISE) | (table["high"] < -NOISE)
+    clear = table["q"] < RATE
     table = table.assign(clear=np.where(clear, "yes", "no"))
     roots = distinct(table["root"])
     pick = menu("root", roots)
@@ -225,7 +236,7 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     squares = base.mark_rect(strokeWidth=3).encode(
         alt.Color("value:Q").title("interaction").scale(diverging(table["value"])),
         alt.Stroke("clear:N")
-        .title("interval clear of zero")
+        .title("discovered")
         .scale(domain=["yes", "no"], range=[HIGHLIGHT, "transparent"]),
     )
     dark = np.abs(table["value"]).max() / 2
@@ -239,10 +250,11 @@ def interaction_map(table: pd.DataFrame) -> alt.TopLevelMixin:
     up, down = int((clear["value"] > 0).sum()), int((clear["value"] < 0).sum())
     return finish(
         (squares + words).add_params(pick).properties(width=alt.Step(64), height=alt.Step(38)),
-        f"Of {len(table)} pairs of edges, {up} lose more together than in sum and {down} less, "
-        "with intervals clear of zero",
-        "Heat map: the Shapley interaction of every two edges into a root, in logits; the number "
-        "stands in the square, and a frame marks intervals clear of zero. A menu chooses the root.",
+        f"Of {len(table)} pairs of edges, {up or 'none'} take more of the root's score together "
+        f"than in sum and {down or 'none'} less, at a false-discovery rate of "
+        f"{100 * RATE:.0f}\xa0%",
+        "Heat map: the Shapley interaction of every two edges into a root, in units of its score; "
+        "the number stands in the square, and a frame marks discoveries. A menu chooses the root.",
     )
 
 
@@ -284,48 +296,3 @@ def takeover_lines(table: pd.DataFrame) -> alt.TopLevelMixin:
         "difference after no, one and two paths are knocked out, with the scales of the "
         "normalisation recomputed or frozen. A menu chooses the measure.",
     )
-
-
-def faithfulness_curves(table: pd.DataFrame, reached: pd.Series, level: float) -> alt.TopLevelMixin:
-    """Circuits of growing size run alone; a menu for faithfulness or completeness.
-
-    `table` is that of `faithfulness.curves`; `reached` says for each method with how many edges
-    its faithfulness first is `level` (NaN: never).
-    """
-    names = ["faithfulness", "completeness"]
-    parts = [
-        table[["method", "size", name, f"{name}_low", f"{name}_high"]]
-        .set_axis(["method", "size", "value", "low", "high"], axis=1)
-        .assign(curve=name)
-        for name in names
-    ]
-    shown = pd.concat(parts, ignore_index=True)
-    pick, kinds = menu("curve", names, radio=True), distinct(shown["method"])
-    base = alt.Chart(shown[shown["size"] > 0]).transform_filter("datum.curve == curve").encode(
-        alt.X("size:Q").title("edges in the circuit").scale(type="log"),
-        alt.Color("method:N").title("edges ranked by").scale(domain=kinds).legend(symbolOpacity=1),
-    )  # fmt: skip
-    band = base.mark_area(opacity=0.15).encode(y="low:Q", y2="high:Q")
-    line = base.mark_line().encode(y="value:Q", strokeDash=alt.StrokeDash("method:N").legend(None))
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(
-        alt.Y("value:Q").title("0: as with all edges closed, 1: the model"),
-        alt.Shape("method:N").title("edges ranked by").scale(domain=kinds).legend(symbolOpacity=1),
-        tooltip=["method:N", "size:Q", *tooltips("value", "low", "high")],
-    )
-    goal = line_at("y", level) + line_at("y", 2 - level)
-    return finish(
-        (goal + band + line + points).add_params(pick).properties(width=WIDTH - 120, height=300),
-        _reached_title(reached, level),
-        "Line chart with 95 % bands over the number of edges, on a logarithmic axis: how much of "
-        "the logit difference a circuit gives alone, for several rankings of the edges. Dashed: "
-        "the range that counts as faithful. Radio buttons choose faithfulness or completeness.",
-    )
-
-
-def _reached_title(reached: pd.Series, level: float) -> str:
-    found = reached.dropna().sort_values(kind="stable")
-    sizes = [f"{name} {size:,.0f}" for name, size in found.items()]
-    never = reached.index[reached.isna()]
-    goal, those = f"{100 * level:.0f}\xa0% of the logit difference", ", ".join(sizes) or "none"
-    said = f"Edges to reach {goal}: {those}"
-    return said + (f"; never reached by {', '.join(never)}" if len(never) else "")

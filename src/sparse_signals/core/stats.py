@@ -1,6 +1,7 @@
 """Intervals, ranks and random matrices: the statistics that every chapter shares."""
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -149,6 +150,26 @@ def false_discovery(p: Float[np.ndarray, "test"]) -> Float[np.ndarray, "test"]:
     q = np.empty(len(p))
     q[order] = np.minimum.accumulate((p[order] * len(p) / rank)[::-1])[::-1]
     return q.clip(max=1)
+
+
+def exact_share(found: int, total: int) -> tuple[float, float]:
+    """The exact 95 % interval of the chance of an event that came `found` times in `total`.
+
+    The chances at which as many or more, or as few or fewer, come in 2.5 % of all cases. Source:
+    Clopper and Pearson 1934.
+    """
+    chances = np.array([comb(total, n) for n in range(total + 1)], dtype=float)
+
+    def cut(lowest: int) -> float:
+        """The chance at which `lowest` or more come in 2.5 % of all cases."""
+        low, high, n = 0.0, 1.0, np.arange(lowest, total + 1)
+        for _ in range(60):
+            p = (low + high) / 2
+            tail = (chances[lowest:] * p**n * (1 - p) ** (total - n)).sum()
+            low, high = (p, high) if tail < 0.025 else (low, p)
+        return (low + high) / 2
+
+    return (cut(found) if found else 0.0), (1 - cut(total - found) if found < total else 1.0)
 
 
 def rank_correlation(

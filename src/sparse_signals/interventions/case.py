@@ -3,11 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Int
+
+from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import Run
 from sparse_signals.interventions.changes import Clean, clean_run
 from sparse_signals.tracing.contributions import Settings
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import Trace, trace
+
+
+def templates_of(batch: Batch) -> Int[np.ndarray, "prompt"]:
+    """What varies independently: the template of every prompt, or itself where none is known."""
+    known = "template" in batch.table
+    return batch.table["template"].to_numpy() if known else np.arange(len(batch.tokens))
 
 
 @dataclass(frozen=True)

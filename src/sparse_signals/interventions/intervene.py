@@ -22,7 +22,14 @@ from sparse_signals.core.prompts import Batch, roles_of
 from sparse_signals.core.resume import chunked, run_key
 from sparse_signals.core.rotary import rotate, rotation
 from sparse_signals.core.run import fitting_rows
-from sparse_signals.core.stats import DRAWS, group_bootstrap, resample
+from sparse_signals.core.stats import (
+    DRAWS,
+    false_discovery,
+    group_bootstrap,
+    resample,
+    sign_flip,
+)
+from sparse_signals.interventions.case import templates_of
 from sparse_signals.interventions.changes import (
     MID,
     PRE,
@@ -315,17 +322,20 @@ def summary(
     table: pd.DataFrame,
     batch: Batch,
     measures: Sequence[str] = EFFECTS,
+    keys: pd.DataFrame | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What interventions do on average, edge by pooled edge, with 95 % intervals over prompts.
+    """What interventions do on average, edge by pooled edge, with 95 % intervals over templates.
 
-    One row per pooled edge, scope, mode, control and measure: edge (upstream → reader, q or k, and
-    the roles), prompts, value, low, high. A prompt counts once: edges with the same key in it and
-    repeats of a control are averaged first. F_size is |F_change|. Rows with control "signal − X"
-    are the paired difference to control X.
+    One row per pooled edge (of all, or of those in `keys`), scope, mode, control and measure: edge
+    (upstream → reader, q or k, and the roles), prompts, value, low, high, p (`sign_flip` of the
+    means of templates) and q (the false-discovery rate over edges). A prompt counts once: edges
+    with the same key in it and repeats of a control are averaged first. F_size is |F_change|. Rows
+    with control "signal − X" are the paired difference to control X.
     """
     table = labelled(table.assign(F_size=table["F_change"].abs()), roles_of(batch))
+    table = table if keys is None else table.merge(keys[KEY].drop_duplicates(), on=KEY)
     by = [*KEY, "scope", "mode", "control"]
     each = table.groupby([*by, "prompt"], sort=False)[list(measures)].mean().reset_index()
     each = pd.concat([each, *_differences(each, by, measures)], ignore_index=True)
@@ -335,13 +345,18 @@ def summary(
     side = pooled["side"].map({"dest": " q (", "src": " k ("})
     ends = pooled["upstream"] + " → " + pooled["downstream"]
     pooled["edge"] = ends + side + pooled["dest_role"] + "→" + pooled["src_role"] + ")"
-    prompts, times = each["prompt"].to_numpy(), resample(len(batch.tokens), draws, seed)
+    names, template = np.unique(templates_of(batch), return_inverse=True)
+    template, times = template[each["prompt"]], resample(len(names), draws, seed)
     parts = []
     for measure in measures:
         known, values = each[measure].notna().to_numpy(float), each[measure].fillna(0).to_numpy()
-        value, low, high = group_bootstrap(values, number, prompts, times, size, known)
-        parts.append(pooled.assign(measure=measure, value=value, low=low, high=high))
-    return pd.concat(parts, ignore_index=True)
+        value, low, high = group_bootstrap(values, number, template, times, size, known)
+        found = pooled.assign(measure=measure, value=value, low=low, high=high)
+        means = each[measure].groupby([number, template]).mean().unstack()
+        parts.append(found.assign(p=sign_flip(means.to_numpy(float))))
+    found, family = pd.concat(parts, ignore_index=True), ["scope", "mode", "control", "measure"]
+    q = found.groupby(family)["p"].transform(lambda p: false_discovery(p.to_numpy()))
+    return found.assign(q=q)
 
 
 def _differences(

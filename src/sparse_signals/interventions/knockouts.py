@@ -14,7 +14,8 @@ from sparse_signals.core.model import Model
 from sparse_signals.core.prompts import Batch
 from sparse_signals.core.run import Outputs, Run, fitting_rows
 from sparse_signals.core.stats import DRAWS, bootstrap
-from sparse_signals.interventions.disjoint_paths import best_paths
+from sparse_signals.interventions.best_paths import best_paths
+from sparse_signals.interventions.case import templates_of
 from sparse_signals.interventions.edge_signals import column, read_signals
 from sparse_signals.signals.firings import Pairs, find_firings, pairs_at
 from sparse_signals.tracing.contributions import Settings, contributions
@@ -35,22 +36,23 @@ def knock_out(
 ) -> pd.DataFrame:
     """Knock out the best path to the firings of a root, trace again, and repeat `number` times.
 
-    The best path is that of `best_paths` from the embeddings to the destination side of the root.
+    The best path is that of `best_paths`, from wherever the trace ends to the destination side.
     Its edge into the root is knocked out: one breaks it, and the others may serve other paths. With
     `freeze_norms` all normalisations divide by what they divide by in the clean run, so that
     nothing comes back only because the rest of the stream is scaled up.
     Firings are those of the clean run, even if they then cease. One row per firing and round (0:
-    nothing knocked out): prompt, src, round, F, score, attention; of the best path then: path,
-    product and carried (the weight of its edge into the root), missing where no path is left or
-    the score is not positive (beyond rounding); and expected, the score if nothing but the loss of
-    that edge had changed since the round before.
+    nothing knocked out): prompt, template, src, round, F, score, attention; of the best path then:
+    path, product and carried (the weight of its edge into the root), missing where no path is left
+    or the score is not positive (beyond rounding); and expected, the score if nothing but the loss
+    of that edge had changed since the round before.
     """
     check_roots(model, [root], settings)
     pieces = []
     for rows in fitting_rows(model, batch):
         piece = _knock_out(model, batch.rows(rows), root, settings, number, freeze_norms)
         pieces.append(piece.assign(prompt=piece["prompt"] + rows.start))
-    return pd.concat(pieces, ignore_index=True)
+    table = pd.concat(pieces, ignore_index=True)
+    return table.assign(template=templates_of(batch)[table["prompt"]])
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def _last_edges(traced: Trace, clean: Pairs) -> pd.DataFrame:
 
     Of others there is nothing left to carry. `clean` are the roots in the clean run.
     """
-    paths, roots = best_paths(traced, "dest"), traced.firings[traced.firings["root"]]
+    paths, roots = best_paths(traced, "dest", ends=None), traced.firings[traced.firings["root"]]
     left = roots.loc[roots["score"] > ROUNDING * clean.score.cpu().numpy(), "firing"]
     return paths[paths["root"].isin(left) & (paths["step"] == 0)]
 
@@ -125,7 +127,7 @@ def _take(
 
 
 def takeover(table: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
-    """What happens on average in each round of `knock_out`, with 95 % intervals over prompts.
+    """What happens on average in each round of `knock_out`, with 95 % intervals over templates.
 
     One row per round and measure: round, measure, value, low, high, firings. Measures are F,
     score, attention, product, and returned: of the score that the last knock-out took from the
@@ -140,7 +142,7 @@ def takeover(table: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataF
         weights = pd.DataFrame(1.0, group.index, measures)
         if number > 0 and group["taken"].sum() > 0:
             weights["returned"] = group["taken"]
-        found = bootstrap(group[[*weights]], group["prompt"], weights, draws, seed)
+        found = bootstrap(group[[*weights]], group["template"], weights, draws, seed)
         parts.append(found.assign(round=number, firings=len(group)))
     columns = ["round", "measure", "value", "low", "high", "firings"]
     return pd.concat(parts, ignore_index=True)[columns]

@@ -1,6 +1,7 @@
 """Chapter 5: the published experiments on any model, with heads and edges chosen by rules."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -8,18 +9,12 @@ import torch
 
 from sparse_signals.core.model import BIAS_ROW, Model
 from sparse_signals.core.prompts import Batch, roles_of
-from sparse_signals.core.stats import bootstrap
-from sparse_signals.interventions.case import Case
+from sparse_signals.core.stats import bootstrap, exact_share
+from sparse_signals.interventions.case import Case, templates_of
 from sparse_signals.interventions.edge_signals import read_signals
-from sparse_signals.interventions.joint_effects import (
-    Ablations,
-    Players,
-    joint_effect,
-    losses,
-    strongest_players,
-)
+from sparse_signals.interventions.joint_effects import Players, joint_effect, play
 from sparse_signals.interventions.knockouts import knock_out, takeover
-from sparse_signals.tracing.circuit import KEY, labelled, pool
+from sparse_signals.tracing.circuit import KEY, labelled
 from sparse_signals.tracing.roots import Root, strongest_roots
 from sparse_signals.tracing.trace import Trace, trace_prompts
 
@@ -50,24 +45,52 @@ def find_movers(model: Model, batch: Batch, n: int = 5, least: float = 0.1) -> l
 # --- one edge at a time --------------------------------------------------------------------------
 
 
-def commonest_edges(traced: Trace, n: int = 18) -> pd.DataFrame:
-    """The edges of a trace that belong to its n commonest pooled edges; the bias row is none."""
+@dataclass(frozen=True)
+class Sample:
+    """Edges of a trace drawn at random.
+
+    keys: pooled edges, drawn of the `often` of all `pooled` ones that occur in enough templates;
+    edges: all their occurrences; rare: occurrences drawn of the edges that occur in fewer;
+    rare_keys: the pooled edges of these.
+    """
+
+    keys: pd.DataFrame
+    edges: pd.DataFrame
+    rare_keys: pd.DataFrame
+    rare: pd.DataFrame
+    often: int
+    pooled: int
+
+
+def sampled_edges(traced: Trace, n: int = 18, least: int = 10, seed: int = 0) -> Sample:
+    """Of a trace, n pooled edges that occur in `least` templates or more, and 3 n other edges.
+
+    Each is as likely as any other, so that rules are not tested on the strongest edges alone. The
+    bias row is no edge.
+    """
     edges = traced.edges[traced.edges["kind"] != BIAS_ROW]
-    top = pool(edges, traced.batch, draws=1).head(n)[KEY]
-    rows = labelled(edges.reset_index(names="label"), roles_of(traced.batch)).merge(top, on=KEY)
-    return edges.loc[sorted(set(rows["label"]))]
+    rows = labelled(edges.reset_index(names="label"), roles_of(traced.batch))
+    rows["template"] = templates_of(traced.batch)[rows["prompt"]]
+    met = rows.groupby(KEY)["template"].nunique()
+    often = met[met >= least].reset_index()[KEY]
+    keys = often.sample(min(n, len(often)), random_state=seed).reset_index(drop=True)
+    labels, common = (set(rows.merge(x, on=KEY)["label"]) for x in (keys, often))
+    others = edges.loc[~edges.index.isin(common)]
+    rare = others.sample(min(3 * n, len(others)), random_state=seed).sort_index()
+    rare_keys = rows[rows["label"].isin(rare.index)].drop_duplicates("label")[KEY]
+    return Sample(keys, edges.loc[sorted(labels)], rare_keys, rare, len(often), len(met))
 
 
 def two_effects(table: pd.DataFrame) -> pd.DataFrame:
     """Effects on the reader and on the answer side by side, from `summary`.
 
-    Columns: edge, scope, reader, answer (changes of attention and of F), and *_low, *_high.
+    Columns: edge, scope, reader, answer (changes of attention and of F), and *_low, *_high, *_q.
     """
     index, parts = ["edge", "scope"], []
     for measure, name in (("attention_change", "reader"), ("F_change", "answer")):
         rows = table[(table["measure"] == measure) & (table["control"] == "signal")]
-        rows = rows[rows["mode"] == "ablate"].set_index(index)[["value", "low", "high"]]
-        parts.append(rows.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
+        rows = rows[rows["mode"] == "ablate"].set_index(index)[["value", "low", "high", "q"]]
+        parts.append(rows.set_axis([name, *(f"{name}_{x}" for x in ("low", "high", "q"))], axis=1))
     return parts[0].join(parts[1]).reset_index()
 
 
@@ -75,7 +98,8 @@ def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
     """The summary numbers of the published sweep, from `summary`, for ablations.
 
     One row a number: fact (its name in the facts file), ablation (in words), and the mean over
-    pooled edges, value, with a 95 % interval that resamples edges, low and high.
+    pooled edges, value, with low and high: of shares the exact 95 % interval, of other means one
+    that resamples edges.
     """
     rows, ablated = [], found[found["mode"] == "ablate"]
     for scope, table in ablated.groupby("scope", sort=False):
@@ -87,9 +111,13 @@ def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
         for control in sorted({"signal", "random"} & set(table["control"]), reverse=True):
             words = f"{scope}: mean |change of logit_diff|, {control}"
             rows.append((f"mean_abs_{scope}_{control}", words, values["F_size", control]))
-    means = [bootstrap(x.to_frame(), np.arange(len(x))).iloc[0, 1:] for *_, x in rows]
-    table = pd.DataFrame([row[:2] for row in rows], columns=["fact", "ablation"])
-    return table.join(pd.DataFrame(means).astype(float).reset_index(drop=True))
+    found = []
+    for fact, words, x in rows:
+        low, high = bootstrap(x.to_frame(), np.arange(len(x))).iloc[0, 2:]
+        if fact.startswith("share"):
+            low, high = exact_share(int(x.sum()), len(x))
+        found.append([fact, words, x.mean(), float(low), float(high)])
+    return pd.DataFrame(found, columns=["fact", "ablation", "value", "low", "high"])
 
 
 # --- two sets of edges ---------------------------------------------------------------------------
@@ -136,8 +164,8 @@ def edge_sets(traced: Trace) -> dict[str, tuple[pd.Series, pd.Series]]:
     }
 
 
-def joint_of_sets(case: Case, first: pd.Series, second: pd.Series, scope: str) -> dict[str, float]:
-    """Change of F when each of two sets of edges is ablated, and `joint_effect` of the two.
+def joint_of_sets(case: Case, first: pd.Series, second: pd.Series) -> dict[str, float]:
+    """Losses of F when each of two sets of edges is ablated globally, and `joint_effect` of both.
 
     On prompts that have edges of both; empty where there is none. Signals are summed, as published:
     what two edges out of one component share is then taken twice.
@@ -150,64 +178,41 @@ def joint_of_sets(case: Case, first: pd.Series, second: pd.Series, scope: str) -
         return {}
     signals = read_signals(case.traced, edges[ours])
     player = torch.tensor(second[ours].to_numpy(int), device=signals.reader.device)
-    pair = Players(pd.DataFrame(index=range(2)), signals, player)
-    how = Ablations(scope=scope)
-    found = joint_effect(case.clean, pair, how)
-    lost = losses(case.clean, pair, np.array([1]), how).mean()
-    changes = {"first": -lost, "second": lost - found["summed"], "together": -found["joint"]}
-    return changes | {str(name): value for name, value in found.items()}
+    game = play(case, Players(pd.DataFrame(index=range(2)), signals, player))
+    alone = game.alone("F").mean(0)
+    found = {"first": float(alone[0]), "second": float(alone[1])}
+    return found | {str(name): value for name, value in joint_effect(game).items()}
 
 
 def joint_experiments(case: Case) -> pd.DataFrame:
-    """The counterparts of the published experiments.
+    """The counterparts of the published experiments, with signals ablated globally.
 
-    One row per experiment and scope: key, experiment, scope, first, second, together (changes of
-    F), ratio = together / (first + second) with low and high, prompts.
+    One row per experiment: key, experiment, prompts, and losses of F: first, second, summed, joint,
+    gap (joint − summed), each of the last three with *_low and *_high, and ratio with its interval
+    where both are clearly losses.
     """
     rows = []
     for key, sets in edge_sets(case.traced).items():
-        for scope in ("global", "local"):
-            if found := joint_of_sets(case, *sets, scope):
-                name = f"{key}: {EXPERIMENTS[key]}"
-                rows.append({"key": key, "experiment": name, "scope": scope} | found)
-    table = pd.DataFrame(rows).rename(columns={"ratio_low": "low", "ratio_high": "high"})
-    columns = ["first", "second", "together", "ratio", "low", "high", "prompts"]
-    return table[["key", "experiment", "scope", *columns]]
+        if found := joint_of_sets(case, *sets):
+            rows.append({"key": key, "experiment": f"{key}: {EXPERIMENTS[key]}"} | found)
+    return pd.DataFrame(rows).drop(columns="players")
 
 
 def published_experiments(facts: dict[str, dict]) -> pd.DataFrame:
-    """The published table in the columns of `joint_experiments`, and edges, their description.
+    """The published global losses: key, edges (their description), first, second, together.
 
-    Source: Franco and Crovella 2024, released results; they have no intervals.
+    The three means are over different prompts, those that have the edges of each, so that neither
+    gap nor ratio can be made of them. Source: Franco and Crovella 2024, released results.
     """
     rows = []
     for name, fact in facts.items():
         key, edges = name.split(": ", 1)
-        for scope in ("global", "local"):
-            (first, second), joint = fact[scope], fact[f"joint_{scope}"]
-            rows.append([key, f"{key}: {EXPERIMENTS[key]}", scope, edges, first, second, joint])
-    columns = ["key", "experiment", "scope", "edges", "first", "second", "together"]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.assign(ratio=table["together"] / (table["first"] + table["second"]))
+        first, second = fact["global"]
+        rows.append([key, edges.replace("->", "→"), -first, -second, -fact["joint_global"]])
+    return pd.DataFrame(rows, columns=["key", "edges", "first", "second", "together"])
 
 
 # --- many edges ----------------------------------------------------------------------------------
-
-
-def alone_and_together(case: Case, root: Root, side: str = "dest", n: int = 5) -> pd.DataFrame:
-    """What the n strongest edges into a side of a root lose us alone, in sum, and together.
-
-    One row each: edge, kind ("alone", "sum", "together"), value, low, high.
-    """
-    who = strongest_players(case.traced, root.name, side, n)
-    lost = losses(case.clean, who, 2 ** np.arange(len(who)), Ablations())
-    table = pd.DataFrame(lost, columns=who.names["upstream"])
-    alone = bootstrap(table, np.arange(len(lost))).rename(columns={"measure": "edge"})
-    both, rows = joint_effect(case.clean, who), [alone.assign(kind="alone")]
-    for name, kind in (("summed", "sum"), ("joint", "together")):
-        value = dict(zip(("value", "low", "high"), both.filter(regex=f"^{name}"), strict=True))
-        rows.append(pd.DataFrame([{"edge": kind, "kind": kind} | value]))
-    return pd.concat(rows, ignore_index=True)
 
 
 def knock_outs(case: Case, root: Root, number: int = 2) -> pd.DataFrame:

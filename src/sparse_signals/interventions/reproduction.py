@@ -22,6 +22,7 @@ from sparse_signals.core.run import fitting_rows, run
 from sparse_signals.core.stats import auc, bootstrap
 from sparse_signals.heads.spectra import coordinate_table
 from sparse_signals.heads.svd import head_svd, head_table
+from sparse_signals.interventions.case import templates_of
 from sparse_signals.interventions.published import sweep_facts
 from sparse_signals.interventions.published_facts import Estimate, Found, edge_name
 from sparse_signals.interventions.released import (
@@ -49,13 +50,6 @@ TRACED = ("graph", "edges_by", "multi_edge", "single_edge", "intervention_summar
 
 
 # --- what is computed, section by section --------------------------------------------------------
-
-
-def templates_of(batch: Batch) -> np.ndarray:
-    """What varied independently: the template of every prompt, or the prompt where it has none."""
-    if "template" in batch.table:
-        return batch.table["template"].to_numpy()
-    return np.arange(len(batch.tokens))
 
 
 def _ratios(sums: pd.DataFrame, weights: pd.DataFrame | None, batch: Batch) -> Found:

@@ -1,4 +1,4 @@
-"""Paths in a trace: how many are disjoint, what they carry, which is best."""
+"""Paths in a trace: which is best."""
 
 from dataclasses import replace
 
@@ -6,11 +6,7 @@ import pandas as pd
 import pytest
 
 from sparse_signals.core.run import run
-from sparse_signals.interventions.disjoint_paths import (
-    best_paths,
-    disjoint_paths,
-    pool_trace,
-)
+from sparse_signals.interventions.best_paths import best_paths
 from sparse_signals.planted.circuits import planted
 from sparse_signals.tracing.roots import Root
 from sparse_signals.tracing.trace import trace
@@ -51,33 +47,15 @@ DIAMOND = [
 ]
 
 
-def test_flow_and_paths_of_a_made_up_trace(made_up):
-    """0.5 through 1.0, 0.1 through 1.1 (its own edge is the narrow one), 0.2 from position."""
-    found = disjoint_paths(made_up(DIAMOND)).iloc[0]
-    assert (found["paths"], found["cut"]) == (3, 3)
-    assert found["flow"] == pytest.approx(0.8)
-
-
 def test_a_path_needs_the_firing_at_the_receiving_token(made_up):
     """1.1 fires at token 4; what it writes at token 5 comes from no traced firing."""
-    moved = [(0, "1.1", "dest", 0.4) if edge[1] == "1.1" else edge for edge in DIAMOND]
-    found = disjoint_paths(made_up(moved)).iloc[0]
-    assert found["paths"] == 2 and found["flow"] == pytest.approx(0.7)
+    only = [(0, "1.1", "src", 0.4), (2, "embedding", "src", 0.1)]
+    assert best_paths(made_up(only))["path"].iloc[0] == "2.0 ← 1.1 ← embedding"
+    assert best_paths(made_up([(0, "1.1", "dest", 0.4), only[1]])).empty
 
 
 def test_a_root_without_path(made_up):
-    found = disjoint_paths(made_up([(0, "MLP 0", "dest", 0.9), (0, "1.0", "src", 0.1)])).iloc[0]
-    assert found[["paths", "flow", "cut"]].tolist() == [0, 0, 0]
     assert best_paths(made_up([(0, "MLP 0", "dest", 0.9)])).empty
-
-
-def test_paths_may_begin_wherever_the_trace_ends(made_up):
-    """At MLP 0 too, and at 1.1 if it did not fire; but 1.0 fired, and is led to."""
-    assert disjoint_paths(made_up(DIAMOND), None)["flow"].item() == pytest.approx(1.1)
-    silent = made_up([edge for edge in DIAMOND if edge[0] != 2])
-    found = disjoint_paths(silent, None).iloc[0]
-    assert found["paths"] == 4 and found["flow"] == pytest.approx(1.4)
-    assert disjoint_paths(made_up(DIAMOND), ["MLP 0"])["flow"].item() == pytest.approx(0.3)
     alone = best_paths(made_up([(0, "MLP 0", "dest", 0.9)]), ends=None)
     assert alone["path"].tolist() == ["2.0 ← MLP 0"]
 
@@ -99,20 +77,3 @@ def test_of_paths_with_the_same_shares_the_first_is_best(made_up, first):
     other = [(0, "1.1", "src", 0.3), (2, "0.1", "dest", 0.2), (4, "embedding", "dest", 0.1)]
     edges = one + other if first == "1.0" else other + one
     assert best_paths(made_up(edges))["upstream"].iloc[0] == first
-
-
-@pytest.mark.parametrize("pooled", [False, True])
-def test_planted_movers_have_three_disjoint_paths(known, pooled):
-    """Through 1.0 and 1.1, half of the query each, and from position to the key."""
-    found = disjoint_paths(pool_trace(known) if pooled else known)
-    assert len(found) == (2 if pooled else 16)
-    assert (found["paths"] == 3).all() and (found["cut"] == 3).all()
-    assert found["flow"].to_numpy() == pytest.approx(2, abs=1e-3)
-
-
-def test_pooled_shares_are_means_over_prompts(known):
-    pooled = pool_trace(replace(known, edges=known.edges[known.edges["prompt"] < 4]))
-    into = pooled.edges.query("downstream == '2.0' and side == 'dest'")
-    assert into["share"].tolist() == pytest.approx([0.25, 0.25], abs=1e-3)
-    assert into["prompts"].tolist() == [4, 4] and set(into["dest"]) == {"end"}
-    assert disjoint_paths(pooled)["flow"].to_numpy() == pytest.approx(1, abs=1e-3)
