@@ -31,7 +31,7 @@ from sparse_signals.interventions.intervene import intervene_on
 from sparse_signals.tracing.circuit import KEY
 from sparse_signals.tracing.trace import Trace
 
-MEASURES = ("F", "score", "attention")
+LOST_BY = ("F", "score", "attention")
 EXACT = 8  # most players of whom all coalitions are tried
 EDGES = 2**13  # signals that are held at once
 NO_LOSS = 1e-6  # a loss alone that is this small a part of the loss together is none
@@ -53,7 +53,7 @@ class Players:
 class Game:
     """What ablating coalitions of players loses us, in the prompts where there is any player.
 
-    Bit n of a coalition says whether player n is in it. `lost` is in the order of `MEASURES`;
+    Bit n of a coalition says whether player n is in it. `lost` is in the order of `LOST_BY`;
     `cluster` is the template of every prompt, from which intervals are drawn.
     """
 
@@ -63,10 +63,10 @@ class Game:
     cluster: Int[np.ndarray, "prompt"]
 
     def of(self, measure: str) -> Float[np.ndarray, "prompt coalition"]:
-        """The losses of one of `MEASURES`. Raises ValueError for another."""
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {MEASURES}, not {measure!r}")
-        return self.lost[MEASURES.index(measure)]
+        """The losses of one of `LOST_BY`. Raises ValueError for another."""
+        if measure not in LOST_BY:
+            raise ValueError(f"measure must be one of {LOST_BY}, not {measure!r}")
+        return self.lost[LOST_BY.index(measure)]
 
     def alone(self, measure: str) -> Float[np.ndarray, "prompt player"]:
         """What each player loses us alone."""
@@ -139,7 +139,7 @@ def play(
     coalitions = np.unique(coalitions)
     prompts, prompt = np.unique(players.signals.edges["prompt"], return_inverse=True)
     player = players.player.cpu().numpy()
-    lost = np.zeros((len(MEASURES), len(prompts), len(coalitions)))
+    lost = np.zeros((len(LOST_BY), len(prompts), len(coalitions)))
     step = max(1, EDGES // len(player))
     for start in range(0, len(coalitions), step):
         chosen = coalitions[start : start + step, None] >> player & 1
@@ -152,7 +152,7 @@ def play(
             modes=["ablate"],
             freeze_norms=freeze_norms,
         )
-        change = table.groupby("row")[[f"{name}_change" for name in MEASURES]].mean()
+        change = table.groupby("row")[[f"{name}_change" for name in LOST_BY]].mean()
         number = change.index.to_numpy()
         place = number % len(prompts), start + number // len(prompts)
         lost[:, *place] = -change.to_numpy().T
