@@ -95,33 +95,9 @@ def test_a_prompt_has_a_column_for_every_token(pooled):
     assert "largest edge of this prompt" in title(charts.answer_prompt_graph(edges, made_up.TOKENS))
 
 
-def test_no_edges_and_no_tokens_are_errors(pooled):
+def test_no_edges_are_an_error(pooled):
     with pytest.raises(ValueError, match="no edges"):
         charts.answer_graph(pooled.iloc[:0])
-    with pytest.raises(ValueError, match="no tokens"):
-        charts.token_shares(pd.DataFrame({"pos": [], "token": [], "share": []}))
-
-
-def test_token_shares_in_their_order_with_their_signs():
-    table = pd.DataFrame(
-        {"pos": range(4), "token": [" a", " b", " c", " b"], "share": [0.1, 1.2, -0.3, 0.0]}
-    )
-    chart = charts.token_shares(table)
-    assert title(chart).startswith("1 of 4 tokens holds half")
-    assert "that of 1 b (120\xa0%)" in title(chart)
-    (data,) = spec(chart)["datasets"].values()
-    assert [row["works"] == "against the answer" for row in data] == [False, False, True, False]
-    assert spec(chart)["layer"][0]["encoding"]["y"]["sort"] == ["0 a", "1 b", "2 c", "3 b"]
-    assert drawn(chart)
-
-
-def test_pooled_tokens_come_by_size_with_intervals():
-    table = pd.DataFrame({"role": ["end", "S2"], "share": [0.2, -0.8], "low": [0.1, -0.9],
-                          "high": [0.3, -0.7]})  # fmt: skip
-    chart = charts.token_shares(table)
-    assert "that of S2 (−80\xa0%)" in title(chart)
-    assert spec(chart)["layer"][0]["encoding"]["y"]["sort"] == ["S2", "end"]
-    assert "95\xa0%" in drawn(chart) or "intervals" in spec(chart)["description"]
 
 
 def test_a_name_that_closes_a_script_is_data(pooled):

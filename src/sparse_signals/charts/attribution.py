@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sparse_signals.charts.graph import ANSWER_NODE, Kinds, Slider, draw, largest_edge, named_nodes
-from sparse_signals.charts.style import WIDTH, distinct, finish, tooltips
+from sparse_signals.charts.style import distinct, tooltips
 from sparse_signals.core.numbers import signed_percent
 
 CHANNEL_KINDS = Kinds(
@@ -121,48 +121,3 @@ def _slider(percents: pd.Series) -> Slider:
     step = next((n * power for n in (1, 2, 5) if n * power >= wanted), 10 * power)
     step = float(f"{step:.1g}")
     return Slider(SHARE_UNIT, step, float(f"{step * math.floor(percents.max() / step):.6g}"))
-
-
-def token_shares(table: pd.DataFrame, most: int = 30) -> alt.TopLevelMixin:
-    """Which tokens the difference comes from: a bar each, to the left if against the answer.
-
-    `table`: share, and either pos and token (of one prompt, drawn in their order) or role (pooled,
-    drawn by size), then with low and high. Of the tokens the `most` largest are drawn.
-    Raises ValueError when there are no tokens.
-    """
-    if not len(table):
-        raise ValueError("there are no tokens to draw")
-    pooled = "role" in table
-    shown = table.loc[table["share"].abs().nlargest(most).index]
-    if pooled:
-        shown = shown.assign(name=shown["role"])
-    else:
-        shown = shown.sort_values("pos")
-        shown = shown.assign(name=shown["pos"].astype(str) + " " + shown["token"].str.strip())
-    shown["works"] = np.where(shown["share"] < 0, "against the answer", "for the answer")
-    columns = ["share", *(["low", "high"] if pooled else [])]
-    base = alt.Chart(shown[["name", "works", *columns]]).encode(
-        alt.Y("name:N").title(None).sort(shown["name"].tolist()),
-        tooltip=["name:N", *tooltips(*columns, form="+.1%")],
-    )
-    bars = base.mark_bar().encode(
-        alt.X("share:Q").title("share of the difference").axis(format=".0%"),
-        alt.Color("works:N").title("works").scale(domain=["for the answer", "against the answer"]),
-    )
-    layers = (
-        [bars, base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")] if pooled else [bars]
-    )
-    sizes = table["share"].abs().sort_values(ascending=False)
-    half = int((sizes.cumsum() < sizes.sum() / 2).sum()) + 1
-    best = shown.iloc[int(shown["share"].abs().argmax())]
-    what, holds = "roles" if pooled else "tokens", "holds" if half == 1 else "hold"
-    few = f"{half} of {len(table)} {what} {holds}"
-    chart = alt.layer(*layers).properties(width=WIDTH - 180, height=alt.Step(20))
-    return finish(
-        chart,
-        f"{few} half of what made the answer differ; the largest share is that of {best['name']} "
-        f"({signed_percent(best['share'])})",
-        "Bar chart: for each token, or role of tokens, its share of the difference between the two "
-        "answers; bars to the left work against the answer"
-        + (", with 95 % intervals." if pooled else "."),
-    )

@@ -439,9 +439,3 @@ def token_roles(batch: Batch) -> list[list[str]]:
     for prompt, pos, role in joined[joined["pos"] > 0].itertuples(index=False, name=None):
         names[prompt][pos] = role
     return names
-
-
-def role_numbers(batch: Batch, roles: tuple[str, ...]) -> Int[Tensor, "prompt pos"]:
-    """Which of some roles every token has, −1 for none of them."""
-    number = {role: n for n, role in enumerate(roles)}
-    return torch.tensor([[number.get(name, -1) for name in row] for row in token_roles(batch)])

@@ -24,7 +24,6 @@ from sparse_signals.core.model import BIAS_ROW, Model, head_name, once_per_model
 from sparse_signals.core.objective import Objective, aligned_objective, first_change
 from sparse_signals.core.prompts import Batch, PromptError
 from sparse_signals.core.run import fitting_rows, runs
-from sparse_signals.interventions.gated_model import mean_outputs
 from sparse_signals.tracing.roots import logit_attribution, position_of
 from sparse_signals.tracing.trace import Trace
 
@@ -255,7 +254,7 @@ def run_nodes(
     if lacking := sorted(set(place.flatten().tolist()) - set(known.flatten().tolist()) - {-1}):
         n = int((place == lacking[0]).any(1).nonzero()[0])
         raise PromptError(f"no prompt of the reference has the template and length of prompt {n}")
-    means = mean_outputs(model, reference, known, int(known.max()) + 1)
+    means = _mean_outputs(model, reference, known, int(known.max()) + 1)
     row, place = row.to(model.device), place.clamp(min=0).to(model.device)
     for rows in fitting_rows(model, prompts.batch, CIRCUIT_BYTES):
         batch, at = prompts.batch.rows(rows), (row[rows], means, place[rows])
@@ -350,3 +349,17 @@ def direct_edges(prompts: AlignedPrompts) -> Float[Tensor, "edge"]:
     best, other = torch.maximum(rank[up], into), torch.minimum(rank[up], into)
     other = other.where(down >= 0, len(rank))
     return (best * (len(rank) + 1) + other + 1).double()
+
+
+def _mean_outputs(
+    model: Model, reference: Batch, place: Int[Tensor, "ref refpos"], places: int
+) -> Float[Tensor, "place component d"]:
+    """The mean of what components write over the reference tokens of every place; −1 is none."""
+    total: Tensor | float = 0.0
+    place = place.to(model.device)
+    count = torch.bincount(place[place >= 0], minlength=places).to(model.dtype)
+    for rows, part in runs(model, reference, CIRCUIT_BYTES):
+        known = place[rows] >= 0
+        zeros = part.outputs.new_zeros(places, *part.outputs.shape[2:])
+        total = total + zeros.index_add(0, place[rows][known], part.outputs[known])
+    return total / count[:, None, None]
