@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparse_signals.core.numbers import fmt, percent, rounded, signed_percent
+from sparse_signals.core.numbers import count_of, fmt, percent, rounded, signed_percent
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,10 @@ def test_a_negative_share_has_a_minus():
         "31\u00a0%",
         "−0.1\u00a0%",
     ]
+
+
+@pytest.mark.parametrize(("n", "words"), [
+    (0, "none of the 24 heads"), (1, "1 of 24 heads"), (24, "all 24 heads"),
+])  # fmt: skip
+def test_counts_of_none_and_of_all_are_words(n, words):
+    assert count_of(n, 24, "heads") == words

@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparse_signals.core.stats import bootstrap, bounds, group_bootstrap, resample
+from sparse_signals.core.stats import (
+    bootstrap,
+    bounds,
+    false_discovery,
+    group_bootstrap,
+    resample,
+    sign_flip,
+)
 
 
 def interval(table, clusters, **options):
@@ -194,3 +201,27 @@ def test_groups_are_bootstraps_of_a_wide_table(rows, entries, monkeypatch):
 def test_no_rows_have_no_groups():
     none = np.zeros(0, dtype=int)
     assert group_bootstrap(none * 1.0, none, none, resample(5), 0, none * 1.0).shape == (3, 0)
+
+
+def test_flipped_signs_give_the_exact_p():
+    """Of the 2⁵ sign patterns of equal values, two have sums as large: p = 1/16."""
+    values = np.ones((1, 5))
+    assert sign_flip(values, draws=20_000)[0] == pytest.approx(1 / 16, abs=0.006)
+    assert sign_flip(np.array([[1.0, -1.0, 2.0, -2.0]]))[0] == 1
+
+
+def test_missing_clusters_do_not_count():
+    values = np.array([[1.0, 1, 1, 1, 1, np.nan, np.nan]])
+    assert sign_flip(values, draws=20_000)[0] == pytest.approx(1 / 16, abs=0.006)
+
+
+def test_false_discoveries_are_those_of_benjamini_and_hochberg():
+    """By hand: 5 tests, and the second-smallest p is carried by the third."""
+    p = np.array([0.9, 0.01, 0.03, 0.027, 0.5])
+    np.testing.assert_allclose(false_discovery(p), [0.9, 0.05, 0.05, 0.05, 0.625])
+
+
+def test_few_of_many_true_nulls_are_discovered():
+    p = np.random.default_rng(0).uniform(size=(200, 50))
+    any_found = np.array([(false_discovery(row) <= 0.05).any() for row in p])
+    assert 0.01 <= any_found.mean() <= 0.09

@@ -44,6 +44,12 @@ def percent(share: float | np.floating) -> str:
     return f"{number}\u00a0%"  # a line never breaks there
 
 
+def count_of(n: int | np.integer, total: int, what: str) -> str:
+    """How many of all, in words where that is none or all: "none of the 24 heads"."""
+    words = {0: "none of the", total: "all"}
+    return f"{words.get(int(n), f'{n} of')} {total:,} {what}"
+
+
 def signed_percent(share: float | np.floating) -> str:
     """A share that may be negative, as people say it: −0.031 is "−3 %"."""
     return f"−{percent(-share)}" if share < 0 else percent(share)
