@@ -277,7 +277,7 @@ def circuit_graph(
     common, of = int(table["percent"].ge(50).sum()), edges["of"].max()
     best = largest_edge(table, table["percent"] / 100 if of > 1 else table["share"])
     title = (
-        f"{_drawn(len(table), every)} traced in {of} prompts, {common} "
+        f"{_of_edges(len(table), every)} traced in {of} prompts, {common} "
         f"{'is' if common == 1 else 'are'} in at least half of them; most often, {best}"
         if of > 1
         else f"Traced in one prompt: {len(table)} edges, the largest share {best}"
@@ -289,7 +289,7 @@ def circuit_graph(
     return draw(table, columns, "role of the token", SIDE_KINDS, slider, tips, title)
 
 
-def _drawn(shown: int, every: int) -> str:
+def _of_edges(shown: int, every: int) -> str:
     return (
         f"Of {every:,} edges" if shown == every else f"Of the {shown} strongest of {every:,} edges"
     )
@@ -312,8 +312,8 @@ def prompt_graph(
     table = table if nodes is None else strongest_paths(table, nodes)
     tips = [*tooltips("weight", form=".3g"), SHARE]
     title = (
-        f"{_drawn(len(table), every)} in the trace of this prompt, the largest share of one side "
-        f"of a score has {largest_edge(table, table['share'])}"
+        f"{_of_edges(len(table), every)} in the trace of this prompt, the largest share of one "
+        f"side of a score has {largest_edge(table, table['share'])}"
     )
     return draw(
         table, names, "token", SIDE_KINDS, Slider("% of its side of the score"), tips, title

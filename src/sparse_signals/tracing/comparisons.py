@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_signals.core.forward import forward
-from sparse_signals.core.model import Model, head_name
+from sparse_signals.core.model import Model
 from sparse_signals.core.numbers import interval
 from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import Batch, roles_of
@@ -36,7 +36,7 @@ VARIED = {
     "share": (0.3, 0.5, 0.7, 0.8, 0.9),
     "fraction": (0.4, 0.7, 1.0),
 }
-MARGIN = 0.05  # overlaps that differ by less than this count as alike
+ALIKE = 0.05  # overlaps that differ by less than this count as alike
 ALPHA = 0.05  # the false-discovery rate at which an effect counts
 MEASURES = ("F", "P", "top1")
 
@@ -166,11 +166,11 @@ def nearer(gap: Float[np.ndarray, "prompt"], batch: Batch) -> tuple[str, str]:
     """Whether one overlap is larger than another, in a word, and their difference for people.
 
     gap: the difference in every prompt. Its 95 % interval resamples templates. What lies within
-    `MARGIN` of 0 is called as near, whichever its sign.
+    `ALIKE` of 0 is called as near, whichever its sign.
     """
     row = bootstrap(pd.DataFrame({"gap": gap}), template_of(batch)).iloc[0]
     low, high = row["low"], row["high"]
-    if low > -MARGIN and high < MARGIN:
+    if low > -ALIKE and high < ALIKE:
         word = "as near"
     elif low > 0:
         word = "nearer"
@@ -322,24 +322,24 @@ def top_edges_kept(
 # --- ablation ------------------------------------------------------------------------------------
 
 
-def ablation_effects(model: Model, batch: Batch, counterfactuals: Sequence[Batch]) -> pd.DataFrame:
+def ablation_effects(
+    model: Model, batch: Batch, counterfactuals: Sequence[Batch], heads: Sequence[str]
+) -> pd.DataFrame:
     """What the answer loses when a head writes what it writes elsewhere, one head at a time.
 
     At every token the head writes its mean over the counterfactuals of that prompt, which are
     aligned with it token by token. Effects are on F = logit(IO) − logit(S), on P(IO) and on
     whether IO comes first (top-1). One row per head: name; F, P, top1 (mean change), with _low and
     _high (95 % over templates); F_p (of the mean over templates, by flips of sign) and F_q (the
-    false-discovery rate over all heads). Source: mean ablation over ABC prompts as in Wang et al.
+    false-discovery rate over these heads). Source: mean ablation over ABC prompts as in Wang et al.
     2023, section 2.1, of single heads and per prompt.
     """
     asked, pieces = Objective.of_names(batch), []
     for rows in fitting_rows(model, batch, CHUNK_BYTES // 2):
         others = [other.rows(rows) for other in counterfactuals]
-        pieces.append(_ablated(model, batch.rows(rows), others, asked.rows(rows)))
+        pieces.append(_ablated(model, batch.rows(rows), others, asked.rows(rows), heads))
     changes = torch.cat(pieces, dim=-1).cpu().numpy()
-    heads = range(model.n_heads)
-    names = [head_name(layer, head) for layer in range(model.n_layers) for head in heads]
-    table, clusters = pd.DataFrame({"name": names}), template_of(batch)
+    table, clusters = pd.DataFrame({"name": list(heads)}), template_of(batch)
     for measure, values in zip(MEASURES, changes, strict=True):
         found = bootstrap(pd.DataFrame(values.T), clusters)
         for column, end in (("value", ""), ("low", "_low"), ("high", "_high")):
@@ -351,19 +351,19 @@ def ablation_effects(model: Model, batch: Batch, counterfactuals: Sequence[Batch
 
 @torch.no_grad()
 def _ablated(
-    model: Model, batch: Batch, others: Sequence[Batch], asked: Objective
+    model: Model, batch: Batch, others: Sequence[Batch], asked: Objective, heads: Sequence[str]
 ) -> Float[Tensor, "measure head prompt"]:
     """Changes of F, P(IO) and top-1 without each head."""
     clean = forward(model, batch)
     gap = clean.run.z - sum(forward(model, other).run.z for other in others) / len(others)
     removed, before, changes = torch.zeros_like(clean.run.outputs), _told(clean.logits, asked), []
-    for layer in range(model.n_layers):
-        for head in range(model.n_heads):
-            place = model.components_below(layer) + head
-            removed[:, :, place] = gap[layer, :, head] @ model.writers.W_O[layer, head]
-            found = forward(model, batch, removed=removed, known=(clean, layer))
-            removed[:, :, place] = 0
-            changes.append(_told(found.logits, asked) - before)
+    components = model.components.set_index("component")[["layer", "head"]]
+    for layer, head in components.loc[list(heads)].to_numpy().tolist():
+        place = model.components_below(layer) + head
+        removed[:, :, place] = gap[layer, :, head] @ model.writers.W_O[layer, head]
+        found = forward(model, batch, removed=removed, known=(clean, layer))
+        removed[:, :, place] = 0
+        changes.append(_told(found.logits, asked) - before)
     return torch.stack(changes, dim=1)
 
 
