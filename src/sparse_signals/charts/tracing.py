@@ -115,8 +115,8 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
         alt.StrokeDash("kind:N").title("written by").scale(domain=kinds),
         tooltip=["layer:Q", "kind:N", *tooltips("share", "low", "high", form=".1%"), "firings:Q"],
     )  # fmt: skip
-    rules = base.mark_area(opacity=0.15).encode(colour.legend(None), y="low:Q", y2="high:Q")
-    above = table[(table["layer"] > table["layer"].min()) & (table["kind"] == "head")]
+    rules = base.mark_rule(opacity=0.5).encode(colour, y="low:Q", y2="high:Q")
+    above = table[(table["layer"] > 0) & (table["kind"] == "head")]
     shares = above.groupby("side")["share"].mean()
     said = " and ".join(
         f"{percent(shares[side])} of the {side}" for side in distinct(table["side"])
@@ -125,7 +125,7 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
     return finish(
         chart,
         f"Above the first layer, heads carry {said}, on average over layers",
-        "Lines with bands of 95 %: for heads of each layer the mean share of their scores that "
+        "Lines with 95 % intervals: for heads of each layer the mean share of their scores that "
         "was written by embeddings, positions, heads, MLPs and biases. Radio buttons choose the "
         "side.",
     )
