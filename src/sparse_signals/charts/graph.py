@@ -240,12 +240,13 @@ def strongest_paths(table: pd.DataFrame, nodes: int) -> pd.DataFrame:
     down = table.sort_values("down_layer", ascending=False, kind="stable")
     reached = dict.fromkeys(set(table["reader"]) - set(table["writer"]), 1.0)
     strength = {}
-    for edge in down[["reader", "writer", "percent"]].itertuples():
-        strength[edge.Index] = reached[edge.reader] * edge.percent / 100
-        reached[edge.writer] = max(reached.get(edge.writer, 0.0), strength[edge.Index])
+    ends = zip(down.index, down["reader"], down["writer"], down["percent"], strict=True)
+    for edge, reader, writer, percents in ends:
+        strength[edge] = reached[reader] * percents / 100
+        reached[writer] = max(reached.get(writer, 0.0), strength[edge])
     ranked = pd.Series(strength).sort_values(ascending=False, kind="stable").index
-    ends = table.loc[ranked, ["reader", "writer"]].to_numpy().ravel()  # edge by edge
-    new = ~pd.Series(ends).duplicated().to_numpy()
+    joined = table.loc[ranked, ["reader", "writer"]].to_numpy().ravel()  # edge by edge
+    new = ~pd.Series(joined).duplicated().to_numpy()
     kept = ranked[new.reshape(-1, 2).sum(1).cumsum() <= nodes]
     return table[table.index.isin(kept)].reset_index(drop=True)
 

@@ -243,7 +243,7 @@ def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(y="zero:Q")
     facts = table.drop_duplicates("trace").set_index("trace")
     said = ", ".join(f"{name} ρ = {row['rho']:.2f}" for name, row in facts.iterrows())
-    clear = count_of(facts["clear"].sum(), len(facts), "kinds of trace")
+    clear = count_of(int(facts["clear"].sum()), len(facts), "kinds of trace")
     return finish(
         (zero + rules + points + names).add_params(pick).properties(width=WIDTH - 60, height=280),
         f"In {clear}, being in it says more about the effect of ablation than the layer does: "
