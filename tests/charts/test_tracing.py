@@ -35,7 +35,8 @@ def opened():
 
 def test_opened_firing_counts_what_is_kept(opened):
     chart = charts.firing_opened(opened, "Head 1.0")
-    assert title(chart).startswith("Head 1.0: 1 components are kept on the destination side and 0")
+    assert title(chart).startswith("Head 1.0: the trace keeps 1 component of the destination side")
+    assert "sum to 44\xa0% less over the support" in title(chart)
     assert "0.1" in drawn(chart)
 
 
@@ -62,31 +63,47 @@ def test_sensitivity_names_the_setting_that_matters_most():
     assert drawn(chart)
 
 
-def test_reasons_name_the_largest_share_of_each_question():
+def test_reasons_say_who_is_first_and_draw_the_largest_alone():
     rows = [(component, question, slices, share, share, share)
             for slices in ("all slices", "the support")
             for question, shares in (("why look at IO", {"0.2": 0.8, "0.0": 0.1}),
-                                     ("why IO rather than S1", {"0.2": -0.1, "0.0": 0.5}))
+                                     ("why IO rather than S1", {"0.2": -0.1, "0.0": 0.5, "no": 0}))
             for component, share in shares.items()]  # fmt: skip
-    columns = ["component", "question", "slices", "share", "low", "high"]
-    chart = charts.reasons(pd.DataFrame(rows, columns=columns), "1.4")
-    assert "0.2 has the largest share of 1.4's score at the indirect object (80\xa0%)" in title(
-        chart
-    )
-    assert "0.0 that of its preference over the subject (50\xa0%)" in title(chart)
-    assert drawn(chart)
+    columns = ["component", "question", "slices", "value", "low", "high"]
+    first = ["0.2 contributes most", "it is 0.0"]
+    chart = charts.reasons(pd.DataFrame(rows, columns=columns), "1.4", first, most=2)
+    assert title(chart).startswith("Head 1.4, destination side, all slices. Why look at IO: 0.2")
+    assert "; why IO rather than S1: it is 0.0" in title(chart)
+    assert "0.2" in drawn(chart) and ">no<" not in drawn(chart)
 
 
-@pytest.mark.parametrize(("p", "clear"), [(0.01, "2 of 2"), (0.2, "0 of 2")])
-def test_heads_compared_say_how_many_traces_beat_chance(p, clear):
-    rows = [(f"1.{n}", trace, n / 4, n - 1.0, n - 1.5, n - 0.5, 0.6, 0.1, p)
+@pytest.mark.parametrize(("clear", "words"), [(True, "all 2"), (False, "none of the 2")])
+def test_heads_compared_say_how_many_traces_beat_chance(clear, words):
+    rows = [(f"1.{n}", trace, n / 4, n - 1.0, n - 1.5, n - 0.5, 0.1, 0.0, 0.6, clear)
             for trace in ("by score", "by contrast") for n in range(4)]  # fmt: skip
-    columns = ["name", "trace", "share", "effect", "low", "high", "rho", "chance", "p"]
+    columns = ["name", "trace", "share", "F", "F_low", "F_high", "P", "top1", "rho", "clear"]
     chart = charts.heads_compared(pd.DataFrame(rows, columns=columns))
-    assert title(chart).startswith(f"In {clear} kinds of trace") and "by score ρ = 0.60" in title(
-        chart
-    )
+    assert title(chart).startswith(f"In {words} kinds of trace")
+    assert "by score ρ = 0.60" in title(chart)
     assert "1.3" in drawn(chart)
+
+
+def test_the_strongest_paths_lead_down_from_the_top_and_join_few_nodes():
+    rows = [("2.0", "3.0", 3.0, 90), ("1.0", "2.0", 2.0, 50), ("1.1", "3.0", 3.0, 40),
+            ("0.0", "1.1", 1.0, 100), ("0.1", "1.0", 1.0, 100)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["writer", "reader", "down_layer", "percent"])
+    kept = graph.strongest_paths(table, 5)  # 0.9, 0.45, then 0.1 at 0.45 before 1.1 at 0.4
+    assert kept["writer"].tolist() == ["2.0", "1.0", "1.1", "0.1"]
+    assert len(graph.strongest_paths(table, 4)) == 3
+    pd.testing.assert_frame_equal(graph.strongest_paths(table, 60), table)
+
+
+def test_large_graphs_say_of_how_many_edges_they_show_the_strongest():
+    edges = made_up.pooled_edges(600)
+    chart = charts.circuit_graph(edges, nodes=30)
+    assert title(chart).startswith("Of the ") and " strongest of 600 edges" in title(chart)
+    shown = set(NODE.findall(with_values(chart, prune=0)))
+    assert 20 < len(shown) <= 30 and shown < node_names(edges)
 
 
 def test_dots_have_a_row_each():

@@ -8,18 +8,22 @@ import pytest
 import torch
 
 from shipped import MOVERS, root_of
-from sparse_signals.core.model import load_model, logits
+from sparse_signals.core.model import activations, load_model, logits
+from sparse_signals.core.objective import Objective
 from sparse_signals.core.prompts import encode, ioi_prompts
 from sparse_signals.core.run import run
 from sparse_signals.core.stats import rank_correlation
+from sparse_signals.core.tasks import ioi_counterfactuals
 from sparse_signals.planted.circuits import planted
 from sparse_signals.signals.firings import find_firings
 from sparse_signals.tracing import comparisons
 from sparse_signals.tracing.comparisons import (
     ablation_effects,
-    component_shares,
+    component_means,
+    effect_words,
     kind_shares,
     likeness,
+    nearer,
     opened_firing,
     overlap,
     prominence,
@@ -27,6 +31,7 @@ from sparse_signals.tracing.comparisons import (
     quirk_table,
     sensitivity,
     top_edges_kept,
+    variants,
 )
 from sparse_signals.tracing.contributions import Settings, contributions
 from sparse_signals.tracing.roots import Root
@@ -66,7 +71,7 @@ def test_overlap_is_shared_over_all_edges_prompt_by_prompt():
 
 def test_shares_of_the_kinds_sum_to_one(ioi, opened):
     pairs, parts = opened
-    table = kind_shares(ioi.model, pairs, parts)
+    table = kind_shares(ioi, pairs, parts)
     sums = table.groupby(["layer", "side"])["share"].sum()
     assert np.allclose(sums, 1) and len(sums) == 8
     first = table[table["layer"] == 0].set_index(["side", "kind"])["share"]
@@ -75,13 +80,30 @@ def test_shares_of_the_kinds_sum_to_one(ioi, opened):
     assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
 
 
-def test_component_shares_are_means_over_the_mean_total(ioi, opened):
+def test_component_means_sum_to_the_mean_total_and_the_first_leads(ioi, opened):
     pairs, parts = opened
-    table = component_shares(ioi.model, pairs, parts, "src").set_index("component")
+    table, lead = component_means(ioi, pairs, parts, "src")
+    value = table.set_index("component")["value"]
     place = list(ioi.model.components["component"]).index("0.1")
-    expected = parts.values[:, 1, place].mean() / parts.total.mean()
-    assert table.loc["0.1", "share"] == pytest.approx(float(expected))
-    assert table["share"].sum() == pytest.approx(1)
+    assert value["0.1"] == pytest.approx(float(parts.values[:, 1, place].mean()))
+    assert value.sum() == pytest.approx(float(parts.total.mean()))
+    first, second = value.nlargest(2).items()
+    assert (lead.component, lead.runner_up) == (first[0], second[0])
+    assert lead.lead == pytest.approx(first[1] - second[1]) and lead.low <= lead.lead <= lead.high
+
+
+def test_a_component_leads_only_where_the_templates_agree(ioi, opened):
+    pairs, parts = opened
+    own = pairs[:1], parts[torch.tensor([0])]
+    clear = component_means(ioi, *own)[1]  # one template: no draw differs
+    assert clear.is_clear and clear.verdict.startswith(f"{clear.component} contributes most")
+    values = torch.zeros_like(parts.values)
+    values[:, 0, 0] = 1.0
+    turns = ioi.batch.table["template"].to_numpy()[pairs.prompt.numpy()]
+    one = torch.tensor(turns == turns[0]).double()
+    values[:, 0, 1] = 0.9 * one / one.mean()  # nearly as much, on one template alone
+    tie = component_means(ioi, pairs, replace(parts, values=values))[1]
+    assert not tie.is_clear and tie.verdict.startswith("no component is clearly first")
 
 
 def test_a_firing_opened_adds_up_over_support_and_over_all_slices(ioi, opened):
@@ -103,6 +125,26 @@ def test_sensitivity_is_one_at_the_default_and_below_elsewhere(ioi, monkeypatch)
     assert table.loc[("share", 0.5), "value"] < 1 and table.loc[("level", 0.9), "value"] < 1
     edges = table.loc["share", "edges"]
     assert edges[0.5] < edges[0.7] < edges[0.9]
+
+
+@pytest.mark.parametrize(("gap", "word"), [
+    (0.01, "as near"), (0.2, "nearer"), (-0.2, "further"),
+])  # fmt: skip
+def test_overlaps_within_the_margin_are_alike(ioi, gap, word):
+    assert nearer(np.full(12, gap), ioi.batch)[0] == word
+    one = np.where(ioi.batch.table["template"] == ioi.batch.table["template"][0], 3.0, -0.3)
+    assert nearer(one, ioi.batch)[0] == "neither clearly nearer nor clearly further"
+
+
+def test_variants_are_compared_with_the_first_and_the_answer_hears_some_edges_as_negative(ioi):
+    whole, heard = Settings(), Settings(weighting="answer")
+    table = variants(ioi, {"all": (ROOTS, whole), "heard": (ROOTS, heard), "cut": (ROOTS, SUPPORT)})
+    table = table.set_index("way")
+    assert table.loc["heard", "overlap"] == table.loc["all", "overlap"] == "1.00 [1.00, 1.00]"
+    assert not table.loc["cut", "overlap"].startswith("1.00")
+    assert table.loc["all", "against"] == 0 < table.loc["heard", "against"] < 1
+    edges = trace(ioi, ROOTS).edges
+    assert table.loc["all", "edges"] == pytest.approx(len(edges) / 12)
 
 
 def test_quirks_overcount_where_paths_are_redundant():
@@ -132,6 +174,8 @@ def test_prompts_alike_in_template_have_likelier_traces(ioi):
                           "upstream": "MLP " + batch.table["template"].astype(str)})  # fmt: skip
     found = prompt_likeness(table, batch).set_index("prompts")
     assert found.loc["other template, same order", "overlap"] == 0
+    if "gap" in found.index:
+        assert found.loc["gap", "overlap"] == 1
     same = found.loc[[name for name in found.index if name.startswith("same template")]]
     assert (same.loc[same["pairs"] > 0, "overlap"] == 1).all() and same["pairs"].sum() > 0
 
@@ -148,23 +192,32 @@ def test_commonest_edges_are_found_again_when_all_prompts_agree(ioi):
 
 def test_ablation_equals_a_head_overwritten_by_hand(ioi):
     model, batch = ioi.model, ioi.batch
-    table = ablation_effects(model, batch).set_index("name")
-    from sparse_signals.core.model import activations
-
-    z = activations(model, batch.tokens, ("z",))["z"][0, :, 0]
-    mean = z[batch.mask].mean(0)
-    last, n = batch.mask.sum(1) - 1, torch.arange(12)
+    names = sorted({*batch.table["io"], *batch.table["s"]})
+    texts = [ioi_counterfactuals(batch.table, "abc", seed, names=names) for seed in range(2)]
+    others = [encode(model, text) for text in texts]
+    heads = ["0.0", "1.3", "3.5"]
+    table = ablation_effects(model, batch, others, heads).set_index("name")
+    mean = sum(activations(model, x.tokens, ("z",))["z"][1, :, 3] for x in others) / 2
 
     def by_hand(value, hook):
-        value[:, :, 0] = mean
+        value[:, :, 3] = mean
         return value
 
-    gaps = []
-    for hooks in ((), [("blocks.0.attn.hook_z", by_hand)]):
-        out = logits(model, batch.tokens, last, hooks)
-        gaps.append((out[n, batch.io] - out[n, batch.s]).mean().item())
-    assert table.loc["0.0", "effect"] == pytest.approx(gaps[1] - gaps[0])
-    assert len(table) == 24 and abs(table.loc["0.0", "effect"]) > 1
+    told = []
+    asked = Objective.of_names(batch)
+    for hooks in ((), [("blocks.1.attn.hook_z", by_hand)]):
+        out = logits(model, batch.tokens, batch.last, hooks)
+        first = asked.comes_first(out).double()
+        told.append([x.mean().item() for x in (asked.value(out), asked.probability(out), first)])
+    change = np.subtract(told[1], told[0])
+    assert table.loc["1.3", ["F", "P", "top1"]].tolist() == pytest.approx(change.tolist())
+    assert table.index.tolist() == heads and abs(change[0]) > 0.1
+    for name in ("F", "P", "top1"):
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+    assert (table["F_q"] >= table["F_p"]).all() and table["F_p"].min() < 0.05
+    said = effect_words(table.loc["1.3"])
+    assert [part.split(" ")[0] for part in said.split("], ")] == ["logit", "P(IO)", "top-1"]
 
 
 def test_prominence_counts_prompts_with_the_head_at_either_end(ioi):

@@ -231,6 +231,26 @@ def named_nodes(
     return table.assign(lane=table.groupby(["writer", "reader"]).cumcount()).reset_index(drop=True)
 
 
+def strongest_paths(table: pd.DataFrame, nodes: int) -> pd.DataFrame:
+    """The edges of a graph that lie on its strongest paths, as many as join up to `nodes` nodes.
+
+    Paths lead down from the nodes that write to no other; the strength of a path is the product of
+    percent / 100 over its edges. `table` is of `named_nodes`; its order stays.
+    """
+    down = table.sort_values("down_layer", ascending=False, kind="stable")
+    reached = dict.fromkeys(set(table["reader"]) - set(table["writer"]), 1.0)
+    strength = {}
+    ends = zip(down.index, down["reader"], down["writer"], down["percent"], strict=True)
+    for edge, reader, writer, percents in ends:
+        strength[edge] = reached[reader] * percents / 100
+        reached[writer] = max(reached.get(writer, 0.0), strength[edge])
+    ranked = pd.Series(strength).sort_values(ascending=False, kind="stable").index
+    joined = table.loc[ranked, ["reader", "writer"]].to_numpy().ravel()  # edge by edge
+    new = ~pd.Series(joined).duplicated().to_numpy()
+    kept = ranked[new.reshape(-1, 2).sum(1).cumsum() <= nodes]
+    return table[table.index.isin(kept)].reset_index(drop=True)
+
+
 def largest_edge(table: pd.DataFrame, share: pd.Series) -> str:
     """The edge of the largest share in words, with this share."""
     place = share.argmax()

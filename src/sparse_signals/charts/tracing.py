@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from sparse_signals.charts.graph import Kinds, Slider, draw, largest_edge, named_nodes
+from sparse_signals.charts.graph import (
+    Kinds,
+    Slider,
+    draw,
+    largest_edge,
+    named_nodes,
+    strongest_paths,
+)
 from sparse_signals.charts.style import (
     SIDE_WORDS,
     WIDTH,
@@ -15,7 +22,7 @@ from sparse_signals.charts.style import (
     menu,
     tooltips,
 )
-from sparse_signals.core.numbers import percent
+from sparse_signals.core.numbers import counted, percent
 
 SETTINGS = {
     "level": "attention from which a head fires",
@@ -64,12 +71,13 @@ def firing_opened(table: pd.DataFrame, what: str, most: int = 12) -> alt.TopLeve
     sums = table.groupby("slices")["weight"].agg(lambda x: x.abs().sum())
     kept = table[table["kept"]].groupby("side")["component"].nunique()
     change = sums["the support"] / sums["all slices"] - 1
-    said = f"{percent(abs(change))} {'larger' if change > 0 else 'smaller'}"
+    said = f"{percent(abs(change))} {'more' if change > 0 else 'less'}"
+    dest, src = (int(kept.get(side, 0)) for side in ("dest", "src"))
     return finish(
         chart,
-        f"{what}: {kept.get('dest', 0)} components are kept on the destination side and "
-        f"{kept.get('src', 0)} on the source side; in the support the contributions are {said} "
-        "in sum of magnitudes",
+        f"{what}: the trace keeps {dest} component{'s' * (dest != 1)} of the destination side and "
+        f"{src} of the source side; the magnitudes of all contributions sum to {said} over the "
+        "support than over all slices",
         "Bar chart: for each upstream component its contribution to the score of one firing, once "
         "from the slices in the support and once from all slices. Kept components are filled, "
         "the others pale. Radio buttons choose the side.",
@@ -98,17 +106,17 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
     pick = _side_of()
     kinds = distinct(table["kind"])
     base = alt.Chart(table).transform_filter(pick).encode(
-        alt.X("layer:O").title("layer of the head that fires").axis(labelAngle=0),
-        alt.XOffset("kind:N").sort(kinds),
-        alt.Color("kind:N").title("written by").scale(domain=kinds),
+        alt.X("layer:Q").title("layer of the head that fires").axis(tickMinStep=1, format="d"),
     )  # fmt: skip
-    bars = base.mark_point(filled=True, size=50).encode(
+    colour = alt.Color("kind:N").title("written by").scale(domain=kinds)
+    bars = base.mark_line(point={"size": 30}).encode(
         alt.Y("share:Q").title("mean share of the side").axis(format=".0%"),
-        alt.Shape("kind:N").title("written by").scale(domain=kinds),
-        tooltip=["layer:O", "kind:N", *tooltips("share", "low", "high", form=".1%")],
+        colour,
+        alt.StrokeDash("kind:N").title("written by").scale(domain=kinds),
+        tooltip=["layer:Q", "kind:N", *tooltips("share", "low", "high", form=".1%"), "firings:Q"],
     )  # fmt: skip
-    rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    above = table[(table["layer"] > table["layer"].min()) & (table["kind"] == "head")]
+    rules = base.mark_rule(opacity=0.5).encode(colour, y="low:Q", y2="high:Q")
+    above = table[(table["layer"] > 0) & (table["kind"] == "head")]
     shares = above.groupby("side")["share"].mean()
     said = " and ".join(
         f"{percent(shares[side])} of the {side}" for side in distinct(table["side"])
@@ -116,9 +124,10 @@ def kinds_of_components(table: pd.DataFrame) -> alt.TopLevelMixin:
     chart = (rules + bars).add_params(pick).properties(width=WIDTH - 140, height=260)
     return finish(
         chart,
-        f"Above the first layer, heads carry {said} on average",
-        "Dot plot with intervals: for heads of each layer the mean share of their scores that was "
-        "written by embeddings, positions, heads, MLPs and biases. Radio buttons choose the side.",
+        f"Above the first layer, heads carry {said}, on average over layers",
+        "Lines with 95 % intervals: for heads of each layer the mean share of their scores that "
+        "was written by embeddings, positions, heads, MLPs and biases. Radio buttons choose the "
+        "side.",
     )
 
 
@@ -173,14 +182,18 @@ def dots(table: pd.DataFrame, row: str, what: str, title: str, axis: str) -> alt
     return finish(chart, title, f"Dot plot with 95 % intervals: {what}.")
 
 
-def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin:
+def reasons(
+    table: pd.DataFrame, head: str, first: Sequence[str], most: int = 12
+) -> alt.TopLevelMixin:
     """Why a score is high, and why it is higher than another; a menu for the slices counted.
 
-    Columns: component, question ("why look at IO", "why IO rather than S1"), slices, share, low,
-    high. The chart opens on the first of the slices.
+    Columns: component, question, slices, value (mean contribution), low, high. The chart opens on
+    the first of the slices; `first` says who contributes most there, question by question. The
+    `most` largest components are drawn.
     """
-    size = table["share"].abs().groupby(table["component"]).transform("max")
-    shown = table.assign(size=size)[size.rank(method="dense", ascending=False) <= most]
+    size = table["value"].abs().groupby(table["component"]).transform("max")
+    largest = size.groupby(table["component"]).first().nlargest(most)
+    shown = table.assign(size=size)[table["component"].isin(largest.index)]
     questions, slices = (distinct(table[c]) for c in ("question", "slices"))
     pick = menu("slices", slices, "counted over", radio=True)
     base = alt.Chart(shown).transform_filter("datum.slices == slices").encode(
@@ -191,20 +204,16 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
     rules = base.mark_rule(strokeWidth=2).encode(colour, x="low:Q", x2="high:Q")
     points = base.mark_point(filled=True, size=60).encode(
         colour,
-        alt.X("share:Q").title("share of the score, or of the difference").axis(format=".0%"),
+        alt.X("value:Q").title("mean contribution, softmax units"),
         alt.Shape("question:N").title("question").scale(domain=questions),
-        tooltip=["component:N", "question:N", *tooltips("share", "low", "high", form=".1%")],
+        tooltip=["component:N", "question:N", *tooltips("value", "low", "high", form=".2f")],
     )  # fmt: skip
-    first = table[table["slices"] == slices[0]].sort_values("share", ascending=False)
-    first = first.drop_duplicates("question").set_index("question").loc[questions]
-    look, rather = (first.loc[q] for q in questions)
+    said = "; ".join(f"{ask}: {who}" for ask, who in zip(questions, first, strict=True))
     return finish(
         (rules + points).add_params(pick).properties(width=WIDTH - 200, height=alt.Step(11)),
-        f"{look['component']} has the largest share of {head}'s score at the indirect object "
-        f"({percent(look['share'])}), {rather['component']} that of its preference over the "
-        f"subject ({percent(rather['share'])}): destination side, {slices[0]}",
-        "Dot plot with intervals: for each upstream component its share of the score of a head at "
-        "the indirect object, and its share of the difference to the score at the subject. "
+        f"Head {head}, destination side, {slices[0]}. {said[0].upper()}{said[1:]}",
+        "Dot plot with intervals: for each upstream component its mean contribution to the score "
+        "of a head at the indirect object, and to the difference to the score at the subject. "
         "Radio buttons choose which slices are counted.",
     )
 
@@ -212,44 +221,53 @@ def reasons(table: pd.DataFrame, head: str, most: int = 10) -> alt.TopLevelMixin
 def heads_compared(table: pd.DataFrame) -> alt.TopLevelMixin:
     """Trace against ablation, one point a head; a menu chooses the trace.
 
-    Columns: name, trace, share (of prompts with the head in the trace), effect, low, high, rho
-    (the trace's rank correlation with |effect|), chance and p (within layers).
+    Columns: name, trace, share (of prompts with the head in the trace), F, F_low, F_high, P, top1
+    (effects of ablation), rho (the trace's rank correlation with |effect on F|) and clear (whether
+    that is beyond what layers explain).
     """
+    table = table[["name", "trace", "share", "F", "F_low", "F_high", "P", "top1", "rho", "clear"]]
     pick = menu("trace", distinct(table["trace"]))
     base = alt.Chart(table).transform_filter("datum.trace == trace").encode(
         alt.X("share:Q").title("in the trace, share of prompts").axis(format=".0%")
     )  # fmt: skip
     points = base.mark_point(filled=True, size=50).encode(
-        alt.Y("effect:Q").title("change of the logit difference when ablated"),
+        alt.Y("F:Q").title("change of the logit difference when ablated"),
         tooltip=["name:N", alt.Tooltip("share:Q", format=".0%"),
-                 *tooltips("effect", "low", "high", form=".2f")],
+                 *tooltips("F", "F_low", "F_high", "P", "top1", form=".2f")],
     )  # fmt: skip
-    rules = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    names = base.transform_filter("abs(datum.effect) > 0.25 || datum.share > 0.5")
-    names = names.mark_text(align="left", dx=6, dy=-5).encode(y="effect:Q", text="name:N")
+    rules = base.mark_rule(opacity=0.6).encode(y="F_low:Q", y2="F_high:Q")
+    sizes = table.drop_duplicates("name").set_index("name")["F"].abs().nlargest(8)
+    named = table[table["name"].isin(sizes.index)]
+    names = alt.Chart(named).transform_filter("datum.trace == trace")
+    names = names.mark_text(align="left", dx=6, dy=-5).encode(x="share:Q", y="F:Q", text="name:N")
     zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(strokeDash=[4, 4]).encode(y="zero:Q")
     facts = table.drop_duplicates("trace").set_index("trace")
     said = ", ".join(f"{name} ρ = {row['rho']:.2f}" for name, row in facts.iterrows())
-    clear = int(((facts["p"] < 0.05) & (facts["rho"] > facts["chance"])).sum())
+    clear = counted(int(facts["clear"].sum()), len(facts), "kinds of trace")
     return finish(
         (zero + rules + points + names).add_params(pick).properties(width=WIDTH - 60, height=280),
-        f"In {clear} of {len(facts)} kinds of trace, being in it says more about the effect of "
-        f"ablation than the layer does: {said}",
+        f"In {clear}, being in it says more about the effect of ablation than the layer does: "
+        f"{said}",
         "Scatter plot, one point a head: across, the share of prompts whose trace has the head; "
         "upwards, the change of the logit difference when the head is ablated, with intervals. "
-        "Heads that stand out are named. A menu chooses the trace.",
+        "The eight heads with the largest effects are named. A menu chooses the trace.",
     )
 
 
-def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopLevelMixin:
+def circuit_graph(
+    edges: pd.DataFrame, order: Sequence[str] = ORDER, nodes: int | None = None
+) -> alt.TopLevelMixin:
     """The circuit pooled over prompts: columns are token roles, rows are layers.
 
     `edges`: upstream, downstream, side ("dest" or "src"), dest_role, src_role, role, up_layer,
     down_layer, prompts, of, weight, low, high, share; one row per edge. Roles that `order` lacks
-    come first. A slider prunes edges of few prompts; nodes are pinned by click or by menu.
+    come first. A slider prunes edges of few prompts; nodes are pinned by click or by menu. With
+    `nodes`, only the strongest paths are drawn, which join so many nodes.
     Raises ValueError when there are no edges.
     """
     table = named_edges(edges)
+    every = len(table)
+    table = table if nodes is None else strongest_paths(table, nodes)
     tips = [
         alt.Tooltip("prompts:Q"),
         alt.Tooltip("percent:Q", format=".0f", title="% of prompts"),
@@ -259,8 +277,8 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
     common, of = int(table["percent"].ge(50).sum()), edges["of"].max()
     best = largest_edge(table, table["percent"] / 100 if of > 1 else table["share"])
     title = (
-        f"Of {len(table)} edges traced in {of} prompts, {common} {'is' if common == 1 else 'are'} "
-        f"in at least half of them; most often, {best}"
+        f"{_of_edges(len(table), every)} traced in {of} prompts, {common} "
+        f"{'is' if common == 1 else 'are'} in at least half of them; most often, {best}"
         if of > 1
         else f"Traced in one prompt: {len(table)} edges, the largest share {best}"
     )
@@ -271,20 +289,31 @@ def circuit_graph(edges: pd.DataFrame, order: Sequence[str] = ORDER) -> alt.TopL
     return draw(table, columns, "role of the token", SIDE_KINDS, slider, tips, title)
 
 
-def prompt_graph(edges: pd.DataFrame, tokens: Sequence[str]) -> alt.TopLevelMixin:
+def _of_edges(shown: int, every: int) -> str:
+    return (
+        f"Of {every:,} edges" if shown == every else f"Of the {shown} strongest of {every:,} edges"
+    )
+
+
+def prompt_graph(
+    edges: pd.DataFrame, tokens: Sequence[str], nodes: int | None = None
+) -> alt.TopLevelMixin:
     """The trace of one prompt: columns are its tokens, rows are layers.
 
     `edges`: upstream, downstream, side, dest, src, token (the position where upstream writes),
     weight, share (of the score's side), up_layer, down_layer. `tokens`: the text of each position.
-    A slider prunes edges of small share. Raises ValueError when there are no edges.
+    A slider prunes edges of small share. With `nodes`, only the strongest paths are drawn, which
+    join so many nodes. Raises ValueError when there are no edges.
     """
     names = [f"{pos} {text.strip()}" for pos, text in enumerate(tokens)]
     at, dest, source = (edges[c].map(dict(enumerate(names))) for c in ("token", "dest", "src"))
     table = _named_ends(edges, at, dest, source, 100 * edges["share"].clip(0, 1))
+    every = len(table)
+    table = table if nodes is None else strongest_paths(table, nodes)
     tips = [*tooltips("weight", form=".3g"), SHARE]
     title = (
-        f"The trace of this prompt has {len(table)} edges; the largest share of one side of a "
-        f"score, {largest_edge(table, table['share'])}"
+        f"{_of_edges(len(table), every)} in the trace of this prompt, the largest share of one "
+        f"side of a score has {largest_edge(table, table['share'])}"
     )
     return draw(
         table, names, "token", SIDE_KINDS, Slider("% of its side of the score"), tips, title
