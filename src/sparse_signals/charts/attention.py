@@ -437,7 +437,7 @@ def giver_effects(heads: pd.DataFrame, head: str, labelled: int = 3) -> alt.TopL
         effect: heads["moves"].isin([effect, "both"]).sum() for effect in ("repetition", "place")
     }
     by_name, by_place = (counted(int(count), len(heads), "heads") for count in moved.values())
-    top = heads.loc[heads["repetition"].abs().idxmax(), "name"]
+    top = heads["name"].iloc[heads["repetition"].abs().argmax()]
     title = (
         f"Which name is repeated moves the attention of {by_name} (most: head {top}), which name "
         f"comes first that of {by_place}"

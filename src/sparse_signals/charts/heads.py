@@ -1,5 +1,7 @@
 """Charts of chapter 2: scores of low rank, what singular vectors listen to, how far they turn."""
 
+from typing import Any
+
 import altair as alt
 import numpy as np
 import pandas as pd
@@ -367,7 +369,7 @@ def _counts(verdicts: pd.Series) -> str:
 def _spectrum(
     spectra: pd.DataFrame, band: pd.DataFrame, null: str, chosen: alt.Parameter
 ) -> Layered:
-    size = {"width": 380, "height": 210}
+    size: dict[str, Any] = {"width": 380, "height": 210}
     x = alt.X("k:Q").title("k, singular values in descending order").axis(tickMinStep=1)
     y = alt.Y("sigma:Q").title("σ ÷ its root mean square")
     area = alt.Chart(band.rename(columns={"low": "sigma"}), **size)

@@ -223,7 +223,8 @@ def null_gaps(table: pd.DataFrame, main: str) -> alt.TopLevelMixin:
     )  # fmt: skip
     lines = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     here = table[(table["null"] == main) & (table["measure"] == next(iter(measures)))]
-    found = [f"{x.kind} {interval(x.value, x.low, x.high)}" for x in here.itertuples()]
+    columns = (here[name] for name in ("kind", "value", "low", "high"))
+    found = [f"{kind} {interval(*numbers)}" for kind, *numbers in zip(*columns, strict=True)]
     return finish(
         (_zero() + lines + points).add_params(pick).properties(
             width=WIDTH - 200, height=alt.Step(13)

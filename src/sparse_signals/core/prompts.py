@@ -178,7 +178,7 @@ def exchanged(prompts: pd.DataFrame) -> pd.DataFrame:
     >>> other.order.item(), other.io.item() == prompts.s.item()
     ('BABA', True)
     """
-    parts = [row.text.rsplit(row.s, 1) for row in prompts.itertuples()]
+    parts = [text.rsplit(s, 1) for text, s in zip(prompts["text"], prompts["s"], strict=True)]
     texts = [before + io + after for (before, after), io in zip(parts, prompts["io"], strict=True)]
     order = prompts["order"].map(OTHER_ORDER)
     return prompts.assign(text=texts, io=prompts["s"], s=prompts["io"], order=order)

@@ -33,7 +33,8 @@ def exchange_effects(run: Run) -> pd.DataFrame:
         "place": np.where(io_first, 1, -1) * (first - second) / 2,
         "follows": (first > 0) & (second > 0),
     }
-    index = pd.MultiIndex.from_product(map(range, first.shape), names=["pair", "layer", "head"])
+    ranges = [range(size) for size in first.shape]
+    index = pd.MultiIndex.from_product(ranges, names=["pair", "layer", "head"])
     table = pd.DataFrame({k: v.ravel() for k, v in values.items()}, index=index).reset_index()
     name = head_name(table["layer"], table["head"])
     return table.assign(name=name, template=template_of(run.batch)[table["pair"]])
@@ -72,7 +73,7 @@ def repetition_verdict(found: pd.DataFrame) -> str:
 
     found: of `share_that_follow`. "decides", "does not decide", or "may or may not decide".
     """
-    low, high = found.loc["follows", ["low", "high"]]
+    low, high = (found[end]["follows"] for end in ("low", "high"))
     if low > 0.5:
         return "decides"
     return "does not decide" if high < 0.5 else "may or may not decide"

@@ -243,4 +243,5 @@ def _members(edges: pd.DataFrame) -> tuple[pd.DataFrame, pd.MultiIndex]:
 
 def released_roots(heads: Sequence[str]) -> list[Root]:
     """The published roots, heads that look from end to IO, by their names."""
-    return [Root(*map(int, head.split(".")), "end", "IO") for head in heads]
+    places = (map(int, name.split(".")) for name in heads)
+    return [Root(layer, head, "end", "IO") for layer, head in places]

@@ -56,7 +56,13 @@ def _ratios(sums: pd.DataFrame, weights: pd.DataFrame | None, batch: Batch) -> F
     """Σ sums / Σ weights of every column (a fact), a row a prompt; only what is defined."""
     given = None if weights is None else weights.to_numpy(float)
     found = bootstrap(sums.astype(float), templates_of(batch), given).dropna(subset="value")
-    return {row.measure: _estimate(row.value, row.low, row.high) for row in found.itertuples()}
+    return _estimates(found["measure"], found)
+
+
+def _estimates(facts: pd.Series, rows: pd.DataFrame) -> Found:
+    """The estimate of every row, by its fact."""
+    columns = zip(facts, rows["value"], rows["low"], rows["high"], strict=True)
+    return {fact: _estimate(*numbers) for fact, *numbers in columns}
 
 
 def _estimate(value: Any, low: float, high: float) -> Estimate:
@@ -77,7 +83,7 @@ def _within_prompts(rows: pd.DataFrame, fact: pd.Series, value: Any, batch: Batc
     """Σ value of the rows of every prompt (also of those without any) and fact."""
     table = pd.DataFrame({"prompt": rows["prompt"], "fact": fact, "value": value})
     sums = table.astype({"value": float}).groupby(["prompt", "fact"])["value"].sum()
-    wide = sums.unstack(fill_value=0.0)
+    wide = sums.unstack(fill_value=0)
     return wide.reindex(range(len(batch.tokens)), fill_value=0.0)
 
 
@@ -187,10 +193,11 @@ def spectrum_facts(model: Model) -> Found:
     """Singular values of Ω of every head, and their participation ratio."""
     table = head_table(head_svd(model)).set_index("name")
     table = table.rename(columns={"participation": "participation_ratio"})
-    columns = table[["largest", "smallest", "condition", "participation_ratio"]].stack()
+    columns = table[["largest", "smallest", "condition", "participation_ratio"]]
     return {
         f"plain_omega_singular_values/{name}/{what}": Estimate(float(value))
-        for (name, what), value in columns.items()
+        for name, row in columns.to_dict("index").items()
+        for what, value in row.items()
     }
 
 
@@ -229,9 +236,10 @@ def swept_facts(singles: pd.DataFrame, graph: pd.DataFrame) -> Found:
     some = some.assign(F_size=some["F_change"].abs())
     columns = ["F_change", "F_size", "score_change"]
     means = some.groupby([*GRAPH_EDGE, "scope", "control"])[columns].mean()
-    table = means.rename_axis(columns="measure").stack().rename("value").reset_index()
+    values = means.rename_axis(columns="measure").stack()
+    table = values.rename("value").reset_index()  # pyright: ignore[reportArgumentType]
     rows = sweep_facts(table.assign(mode="ablate"))
-    return found | {section + x.fact: _estimate(x.value, x.low, x.high) for x in rows.itertuples()}
+    return found | _estimates(section + rows["fact"], rows)
 
 
 def joint_facts(sets: pd.DataFrame, section: Mapping[str, Any], batch: Batch) -> Found:
@@ -291,7 +299,7 @@ def measure(
     firings = tables["firings"].rename_axis("firing").reset_index()
     found = setup_facts(batch, roots) | answer_facts(tables["answers"]["difference"], batch)
     found |= firing_facts(firings, heads, batch) | spectrum_facts(model)
-    notes = {}
+    notes: dict[str, str] = {}
     if MOVER in heads:
         found |= mover_facts(firings, tables["coordinates"], batch)
     if READER in heads:

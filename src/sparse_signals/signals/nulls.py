@@ -120,8 +120,8 @@ def mean_gaps(found: Mapping[str, pd.DataFrame], clusters: ArrayLike) -> pd.Data
     kinds = dict(found)
     if {FIRES, SILENT} <= set(kinds):
         kinds[DIFFERENCE] = kinds[FIRES] - kinds[SILENT]
-    parts = {kind: x.unstack("null").swaplevel(axis=1) for kind, x in kinds.items()}
-    wide = pd.concat(parts, axis=1)
+    parts = {kind: x.unstack("null") for kind, x in kinds.items()}
+    wide = pd.concat(parts, axis=1).swaplevel(axis=1)
     rows = bootstrap(wide, clusters)
     keys = pd.DataFrame(rows.pop("measure").tolist(), columns=["kind", "null", "measure"])
     order = {name: n for n, name in enumerate(next(iter(found.values())).index.unique("null"))}
@@ -189,7 +189,7 @@ def gap_texts(table: pd.DataFrame, rows: str = "null", columns: str = "kind") ->
     found = zip(table["value"], table["low"], table["high"], table["verdict"], strict=True)
     texts = [f"{interval(*numbers)} {word}" for *numbers, word in found]
     wide = table.assign(text=texts).pivot(index=rows, columns=columns, values="text")
-    return wide.loc[table[rows].unique(), table[columns].unique()]
+    return wide.loc[list(table[rows].unique()), list(table[columns].unique())]
 
 
 def verdict(low: float, high: float) -> str:
