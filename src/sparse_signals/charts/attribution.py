@@ -27,7 +27,7 @@ SHARE_UNIT = "% of the difference"
 SIGNED_SHARE = alt.Tooltip("share:Q", format="+.1%", title="share of the difference")
 STEPS = 100  # of the slider, about
 NAMED_WRITERS = 3
-MOST_NODES = 60  # about as many as can be told apart
+MOST_NODES = 40  # about as many as can be told apart
 
 
 def answer_graph(edges: pd.DataFrame, order: Sequence[str] = ()) -> alt.TopLevelMixin:

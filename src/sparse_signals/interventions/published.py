@@ -111,13 +111,13 @@ def sweep_facts(found: pd.DataFrame) -> pd.DataFrame:
         for control in sorted({"signal", "random"} & set(table["control"]), reverse=True):
             words = f"{scope}: mean |change of logit_diff|, {control}"
             rows.append((f"mean_abs_{scope}_{control}", words, values["F_size", control]))
-    found = []
+    numbers = []
     for fact, words, x in rows:
         low, high = bootstrap(x.to_frame(), np.arange(len(x))).iloc[0, 2:]
         if fact.startswith("share"):
             low, high = exact_share(int(x.sum()), len(x))
-        found.append([fact, words, x.mean(), float(low), float(high)])
-    return pd.DataFrame(found, columns=["fact", "ablation", "value", "low", "high"])
+        numbers.append([fact, words, x.mean(), float(low), float(high)])
+    return pd.DataFrame(numbers, columns=["fact", "ablation", "value", "low", "high"])
 
 
 # --- two sets of edges ---------------------------------------------------------------------------

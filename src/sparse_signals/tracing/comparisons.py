@@ -38,7 +38,7 @@ VARIED = {
 }
 ALIKE = 0.05  # overlaps that differ by less than this count as alike
 ALPHA = 0.05  # the false-discovery rate at which an effect counts
-MEASURES = ("F", "P", "top1")
+ABLATED = ("F", "P", "top1")
 
 
 def kind_shares(run: Run, pairs: Pairs, parts: Contributions) -> pd.DataFrame:
@@ -340,7 +340,7 @@ def ablation_effects(
         pieces.append(_ablated(model, batch.rows(rows), others, asked.rows(rows), heads))
     changes = torch.cat(pieces, dim=-1).cpu().numpy()
     table, clusters = pd.DataFrame({"name": list(heads)}), template_of(batch)
-    for measure, values in zip(MEASURES, changes, strict=True):
+    for measure, values in zip(ABLATED, changes, strict=True):
         found = bootstrap(pd.DataFrame(values.T), clusters)
         for column, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             table[measure + end] = found[column].to_numpy()
