@@ -16,6 +16,7 @@ from docutils import nodes
 from myst_nb.core.render import MimeData, NbElementRenderer
 
 from sparse_signals.app.editions import OFFERED, VERSIONS, page_name
+from sparse_signals.app.findings import Findings
 from sparse_signals.app.notebook import html_table
 from sparse_signals.app.page import script_json
 from sparse_signals.charts.style import MIME, VEGA_LITE
@@ -167,6 +168,7 @@ def plain_bars(
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx extension entry point."""
+    app.add_directive("findings", Findings)
     app.connect("source-read", name_repository)
     app.connect("html-page-context", finish_page)
     app.connect("autodoc-process-docstring", plain_bars)
