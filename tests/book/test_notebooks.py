@@ -11,6 +11,7 @@ import yaml
 
 import refresh
 from sparse_signals.app.editions import fingerprint, opens_on
+from sparse_signals.app.findings import of_editions
 from sparse_signals.charts.style import MIME
 from sparse_signals.core.numbers import round_significant
 
@@ -159,3 +160,15 @@ def test_charts_can_be_drawn(notebook, version):
 def test_book_has_a_dozen_interactive_charts():
     specs = [s for p in CHAPTERS for s in charts(nbformat.read(p, as_version=4))]
     assert sum('"params"' in json.dumps(spec) for spec in specs) >= 12
+
+
+def test_intervals_in_the_readme_are_those_of_the_findings():
+    def plain(text):
+        return text.replace("\u00a0", " ").replace("−", "-").replace("\n ", "")
+
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What the book found")[1]
+    typed = re.findall(r"(-?[\d.]+(?: ?%| of \d+)? \[[^\]]*\])", plain(section.split("\n## ")[0]))
+    found = [table.to_numpy().ravel() for table in map(of_editions, CHAPTERS[:-1])]
+    every = plain(" | ".join(cell for cells in found for cell in cells))
+    assert len(typed) > 12
+    assert [interval for interval in typed if interval not in every] == []
