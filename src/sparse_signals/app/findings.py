@@ -61,10 +61,8 @@ class Findings(Directive):
 def _sections(source: Path, depends_on: Any) -> Iterator[nodes.Node]:
     for chapter in sorted((source / "book").glob("0*.ipynb")):
         depends_on(str(chapter))
-        table = of_editions(chapter)
-        title = re.sub(
-            "^# ", "", nbformat.read(chapter, as_version=4).cells[0].source.split("\n")[0]
-        )
+        table, notebook = of_editions(chapter), _notebook(chapter)
+        title = notebook.cells[0].source.split("\n")[0].removeprefix("# ")
         number = int(chapter.stem[:2])
         section = nodes.section(ids=[nodes.make_id(title)])
         section += nodes.title(text=f"{number} · {title}")
