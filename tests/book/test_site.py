@@ -230,7 +230,7 @@ def changes(chart, act, seconds):
     )
 
 
-KEYS = {"select-one": ("ArrowDown", "ArrowUp"), "range": ("End", "Home")}  # one step may do nothing
+KEYS = {"select-one": ("End", "Home"), "range": ("End", "Home")}  # one step may do nothing
 
 
 def answers_keys(chart, control):
@@ -253,14 +253,15 @@ def test_every_control_of_a_chart_works_by_keyboard(visit):
 
 
 def answers_clicks(chart):
-    """Whether a click on one of its first marks changes a chart."""
+    """Whether a click on one of some of its marks changes a chart."""
 
     def click(mark):
         mark.click(force=True, timeout=2000)
         chart.page.mouse.move(0, 0)
 
-    marks = chart.locator('svg.marks [aria-roledescription$="mark"]:not(g)').all()[1:40:3]
-    return any(changes(chart, functools.partial(click, mark), 1) for mark in marks)
+    marks = chart.locator('svg.marks [aria-roledescription$="mark"]:not(g)').all()
+    some = marks[1 :: max(3, len(marks) // 24)]
+    return any(changes(chart, functools.partial(click, mark), 1) for mark in some)
 
 
 @each(CHAPTERS)

@@ -378,7 +378,7 @@ def _spectrum(
         x,
         y,
         alt.Y2("high:Q"),
-        alt.Opacity("text:N")
+        alt.Opacity("text:O")
         .title(None)
         .scale(range=[0.3, 0.3])
         .legend(orient="bottom", labelLimit=320),
