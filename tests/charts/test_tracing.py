@@ -261,7 +261,9 @@ def test_spec_is_small_canonical_and_takes_categories():
 def test_graphs_can_be_used_by_keyboard():
     edges, chart = circuit(40)
     params = {param["name"]: param for param in spec(chart)["params"]}
+    most = (100 * edges["prompts"] / edges["of"]).max()
     assert params["prune"]["bind"]["input"] == "range"
+    assert most - 1 < params["prune"]["bind"]["max"] <= most  # its end leaves the largest edge
     assert params["chosen"]["bind"]["options"][0] is None
     assert set(params["chosen"]["bind"]["options"][1:]) == node_names(edges)
 

@@ -285,8 +285,13 @@ def circuit_graph(
     found = distinct([*table["at"], *table["dest"]])
     known = [name for name in order if name in found]
     columns = [name for name in found if name not in known] + known
-    slider = Slider("% of prompts")
+    slider = _slider("% of prompts", table)
     return draw(table, columns, "role of the token", SIDE_KINDS, slider, tips, title)
+
+
+def _slider(unit: str, table: pd.DataFrame) -> Slider:
+    """A slider whose end leaves the largest edge."""
+    return Slider(unit, most=max(1, int(table["percent"].max())))
 
 
 def _of_edges(shown: int, every: int) -> str:
@@ -315,9 +320,8 @@ def prompt_graph(
         f"{_of_edges(len(table), every)} in the trace of this prompt, the largest share of one "
         f"side of a score has {largest_edge(table, table['share'])}"
     )
-    return draw(
-        table, names, "token", SIDE_KINDS, Slider("% of its side of the score"), tips, title
-    )
+    slider = _slider("% of its side of the score", table)
+    return draw(table, names, "token", SIDE_KINDS, slider, tips, title)
 
 
 def named_edges(edges: pd.DataFrame) -> pd.DataFrame:
