@@ -76,8 +76,8 @@ def answers():
 
 def test_title_counts_what_a_score_trace_misses(answers):
     chart = charts.answer_circuits(*answers)
-    assert "Of 21 planted edges a score trace finds 10" in title(chart)
-    assert "7 into values, 3 into MLPs, 1 into the answer" in title(chart)
+    assert "Of 26 planted edges a score trace finds 12" in title(chart)
+    assert "10 into values, 3 into MLPs, 1 into the answer" in title(chart)
 
 
 def test_answers_stand_above_all_and_one_circuit_is_drawn_at_a_time(answers):

@@ -17,18 +17,25 @@ from sparse_signals.planted.answers import (
     planted_answer,
 )
 from sparse_signals.planted.circuits import recovery
-from sparse_signals.planted.scoring import among, drawn_links, exchange, score_edges
+from sparse_signals.planted.scoring import (
+    among,
+    drawn_links,
+    exchange,
+    judge_answer,
+    score_edges,
+    strong,
+)
 from sparse_signals.planted.weights import Head, Unit, handwritten_model
 
-LEAST = 0.05  # of the difference: what counts as found
-WITH_DECOYS = PLANTED_ANSWERS[:3]
+WITH_DECOYS = PLANTED_ANSWERS[:4]
 SHARES = {
     "carried": [1, 1, 1],
+    "negative": [1, 4 / 3, 4 / 3, -1 / 3, -1 / 3],
     "sum": [1 / 2, 1 / 2, 1 / 2, 1 / 2, 1],
     "switch": [1, 1, 1, 1],
     "redundant": [1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 2, 1 / 2],
 }
-SEEN = {"carried": 1 / 3, "sum": 0.0, "switch": 2 / 4, "redundant": 7 / 9}
+SEEN = {"carried": 1 / 3, "negative": 2 / 5, "sum": 0.0, "switch": 2 / 4, "redundant": 7 / 9}
 
 
 @cache
@@ -40,10 +47,6 @@ def case(name, noise=0.0, seed=0):
 def traced(name, noise=0.0, seed=0):
     one = case(name, noise, seed)
     return trace_answer(one.model, one.batch, one.counterfactual)
-
-
-def strong(table):
-    return table[table["share"].abs() >= LEAST]
 
 
 def rates(found, truth, key=ANSWER_EDGE):
@@ -60,7 +63,7 @@ def test_models_answer_prompts_and_counterfactuals(name):
         found = logits(one.model, batch.tokens, batch.last)
         assert (found.argmax(-1) == batch.io).all()
         others = found.scatter(1, batch.io[:, None], 0.0)
-        assert found.max(-1).values.min() > 6 and others.abs().max() < 0.01
+        assert found.max(-1).values.min() > 5 and others.abs().max() < 0.01
 
 
 @pytest.mark.parametrize("name", PLANTED_ANSWERS)
@@ -151,6 +154,26 @@ def test_what_both_prompts_share_has_no_share_of_the_difference():
     assert not found.edges["upstream"].eq("0.1").any()
     left = found.pool().set_index(LINK)["share"]["0.0", "end", "MLP", "MLP 0", "end"]
     assert left == pytest.approx(1, abs=1e-3)
+
+
+# --- for and against -----------------------------------------------------------------------------
+
+
+def test_without_its_opponent_the_answer_is_stronger_by_its_share():
+    one, found = case("negative"), traced("negative")
+    for head, share in (("1.0", 4 / 3), ("1.2", -1 / 3)):
+        assert np.allclose(share_of(found, head), share, atol=1e-3)
+        assert np.allclose(exchange(one, [head]), share, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["carried", "negative"])
+def test_what_keeps_helpers_only_misses_a_negative_mover(name):
+    one, found = case(name), traced(name)
+    table = judge_answer(one, found.edges, found.pool(), seed=3).set_index("kind")
+    assert table.loc[["shares", "pooled"], ["precision", "recall"]].eq(1).all(axis=None)
+    assert table.loc["helpers", "recall"] == (1 if name == "carried" else 3 / 5)
+    assert table.loc["scores", "recall"] == pytest.approx(SEEN[name])
+    assert table["seed"].eq(3).all() and table["answers"].eq(1).all()
 
 
 # --- copies --------------------------------------------------------------------------------------

@@ -16,14 +16,17 @@ from sparse_signals.planted.scoring import (
     among,
     compare,
     cuts,
+    duels,
     fate_shares,
     fates,
     planted_attention,
     pooled,
     run_case,
     shares,
+    sign_test,
     strays,
     sweep_noise,
+    sweep_superposition,
     trace_case,
     with_all,
 )
@@ -170,6 +173,51 @@ def test_pooled_rates_are_sums_before_they_are_ratios():
     assert row["precision"] == 6 / 8 and row["recall"] == 6 / 12
     assert (row["precision_low"], row["precision_high"]) == (2 / 4, 1)
     assert (row["recall_low"], row["recall_high"]) == (2 / 4, 2 / 4)
+
+
+def test_intervals_of_pooled_rates_are_over_seeds_not_rows():
+    counts = pd.DataFrame(
+        {"method": "m", "seed": np.repeat(range(10), 50), "correct": 1, "spurious": 0,
+         "missing": np.repeat([0, 1], 250)}
+    )  # fmt: skip
+    row = pooled(counts, ["method"]).iloc[0]
+    assert row["precision_low"] == row["precision_high"] == 1
+    assert row["recall"] == 2 / 3 and 0.5 <= row["recall_low"] < 0.56 and row["recall_high"] > 0.8
+
+
+def test_the_sign_test_is_exact():
+    assert sign_test(4, 0) == sign_test(0, 4) == 0.125
+    assert sign_test(9, 1) == pytest.approx(2 * (10 + 1) / 1024)
+    assert sign_test(3, 3) == sign_test(0, 0) == 1
+
+
+def test_duels_are_won_seed_by_seed():
+    """A method that is better in all seeds but one, a tie; and one that loses everywhere."""
+    rows = [
+        {"edges": "head edges", "method": method, "circuit": circuit, "seed": seed,
+         "correct": 6, "spurious": wrong, "missing": 0}
+        for seed in range(8)
+        for circuit in ("a", "b")
+        for method, wrong in (("exact", 2), ("good", 2 if seed == 0 else 1), ("bad", 5))
+    ]  # fmt: skip
+    table = duels(pd.DataFrame(rows)).set_index("method")
+    assert table.loc["good", ["higher", "lower"]].tolist() == [7, 0]
+    assert table.loc["bad", ["higher", "lower"]].tolist() == [0, 8]
+    assert table["p"].to_dict() == {"good": 2 / 2**7, "bad": 2 / 2**8}
+    assert table["q"].to_dict() == {"good": 2 / 2**7, "bad": 2 / 2**7}
+
+
+def test_the_published_weighting_loses_duels_under_noise():
+    scores, _ = sweep_noise(["inhibition"], [0.03], seeds=3, methods=["exact", "published"])
+    row = duels(scores).iloc[0]
+    assert (row["method"], row["higher"], row["lower"]) == ("published", 0, 3)
+
+
+def test_a_sweep_of_superposition_is_judged_like_one_of_noise(swept):
+    scores, ends = sweep_superposition(["inhibition"], [1, 4], seeds=2, methods=["exact"])
+    assert set(scores.columns) ^ set(swept[0].columns) == {"fewer", "noise"}
+    assert len(scores) == 2 * 2 * 2 and ends["fewer"].tolist() == [1, 4, 1, 4]
+    assert ends[list(FATES)].sum(axis=1).eq(48).all()
 
 
 def test_fate_shares_add_up_to_one(swept):

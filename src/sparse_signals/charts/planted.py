@@ -281,7 +281,7 @@ def scoreboard(table: pd.DataFrame) -> alt.TopLevelMixin:
         f"{', '.join(perfect) or 'none'}",
         "Two tables side by side, precision and recall: a row per method, a column per planted "
         "circuit, each cell shaded by its value. A menu chooses which edges count.",
-        "Precision and recall of all seeds together; the worst and best seed show at the pointer.",
+        "Precision and recall of all seeds together; 95 % intervals show at the pointer.",
         digits=3,
     )
 
@@ -324,7 +324,7 @@ def noise_curves(scores: pd.DataFrame, fates: pd.DataFrame) -> alt.TopLevelMixin
         f"circuit, edges and method. {title}."
     )
     notes = (
-        "Bands: from the worst to the best seed. Bars: what became of the planted edges in exact "
+        "Bands: 95 % intervals over seeds. Bars: what became of the planted edges in exact "
         "tracing. Squares: prompts that the model answers."
     )
     chart = alt.vconcat(*panels, _fate_bars(fates), spacing=10)

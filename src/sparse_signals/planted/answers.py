@@ -23,13 +23,14 @@ from sparse_signals.planted.circuits import (
     batch_of,
     pass_on,
 )
-from sparse_signals.planted.weights import Head, Match, Unit, handwritten_model
+from sparse_signals.planted.weights import MESSAGE, Head, Match, Unit, handwritten_model
 
-PLANTED_ANSWERS = ("carried", "sum", "switch", "redundant")
+PLANTED_ANSWERS = ("carried", "negative", "sum", "switch", "redundant")
 LINK = ["upstream", "role", "channel", "downstream", "dest_role"]
 ANSWER_EDGE = ["prompt", "upstream", "token", "channel", "downstream", "dest"]
 CARRIED = ("[N] took the [W] . now [N] has", "the [W] of [N] fell . so [N] sees")
 OWNERS, CARRIED_THINGS = PEOPLE[:4], THINGS[:8]
+AGAINST = -0.25  # what a negative mover writes, in units of what the mover beside it does
 CLOCK = ("zero", "one", "two", "three", "four")
 SUMS = ("[A] plus [B] makes", "what is [A] plus [B] , say")
 SWITCHES = ("[F] [P] or [Q] [E]", "[F] [P] or [Q] and only [E]")
@@ -72,6 +73,8 @@ def planted_answer(name: str, noise: float = 0.0, seed: int = 0, prompts: int = 
 
     * carried: head 0.0 brings a word to the stop behind it, and the value of 1.0 brings it from
       there to the end. Where these heads look is the same in x and x′.
+    * negative: carried, with a negative mover, 1.2, that reads what 1.0 reads and writes `AGAINST`
+      times as much, against the answer.
     * sum: 0.0 and 0.1 bring two digits to the end; a unit of MLP 0 for each pair of digits answers
       with their sum modulo 5. x′ has two other digits, and another sum.
     * switch: 0.0 brings a word, take or leave, to the end, which says former or latter. MLP 0 turns
@@ -154,6 +157,17 @@ def _carried() -> AnswerPlanting:
     heads = (first, second, *_decoys(first, second, "the"))
     decoys = {"0.2": "stop", "0.3": "stop", "1.1": "end"}
     return AnswerPlanting(heads, vocabulary, _draw_carried, links, (), decoys)
+
+
+def _negative() -> AnswerPlanting:
+    carried = _carried()
+    against = replace(carried.heads[1], head=2, loudness=AGAINST * MESSAGE)
+    links = (
+        *carried.links,
+        ("0.0", "stop", "value", against.name, "end"),
+        (against.name, "end", "direct", "answer", "end"),
+    )
+    return replace(carried, heads=(*carried.heads, against), links=links)
 
 
 def _draw_carried(rng: random.Random, n: int) -> tuple[dict, dict]:
@@ -265,4 +279,10 @@ def _redundant() -> AnswerPlanting:
     return AnswerPlanting(heads, circuit.vocabulary, draw, links)
 
 
-ANSWERS = {"carried": _carried, "sum": _sum, "switch": _switch, "redundant": _redundant}
+ANSWERS = {
+    "carried": _carried,
+    "negative": _negative,
+    "sum": _sum,
+    "switch": _switch,
+    "redundant": _redundant,
+}

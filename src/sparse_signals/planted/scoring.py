@@ -7,6 +7,7 @@ that they differ in nothing but the weights they give to upstream components.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_signals.core.model import activations, head_name, logits
+from sparse_signals.core.numbers import TINY
 from sparse_signals.core.run import Run, run
-from sparse_signals.core.stats import tidy
+from sparse_signals.core.stats import false_discovery, group_bootstrap, resample, tidy
 from sparse_signals.planted.answers import ANSWER_EDGE, LINK, PlantedAnswer
 from sparse_signals.planted.circuits import EDGE, LOUD, MUTE, Planted, planted, recovery
+from sparse_signals.planted.superposition import superpose
 from sparse_signals.signals.firings import Pairs, find_firings
 from sparse_signals.tracing.contributions import (
     SIDES,
@@ -41,6 +44,7 @@ HEADS_ONLY = ("exact, heads only", "published", "loudest")
 COUNTED = ("head edges", "all edges")
 FATES = ("found", "lost by the cut", "cut off by silence", "reader silent")
 FIRING = ["prompt", "layer", "head", "dest", "src"]
+FOUND_SHARE = 0.05  # of the difference: what counts as found by a trace from the answer
 ROLE_ORDER = ("end", "IO", "S2", "S1+1", "S1")  # the first of these that a token has names it
 
 
@@ -154,39 +158,102 @@ def sweep_noise(
     also has accuracy, and of the planted pairs of tokens silent ones (attention below 0.5) and
     quiet ones (below 0.1).
     """
-    scores, ends = [], []
+    judged = [
+        judge(planted(name, noise, seed), methods, seed, noise=noise)
+        for name in names
+        for noise in levels
+        for seed in range(seeds)
+    ]
+    return _both_tables(judged)
+
+
+def sweep_superposition(
+    names: Sequence[str], levels: Sequence[int], seeds: int, methods: Collection[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `sweep_noise` for features in superposition: fewer instead of noise.
+
+    `fewer` is by how many dimensions there are fewer than features, as in `superpose`.
+    """
+    judged = []
     for name in names:
-        for noise in levels:
-            for seed in range(seeds):
-                case = run_case(planted(name, noise, seed))
-                where = {"circuit": name, "noise": noise, "seed": seed}
-                found = {method: trace_case(case, method, seed=seed) for method in methods}
-                scores.append(compare(case, found).assign(**where))
-                fate = fates(case, found["exact"]).value_counts().reindex(FATES, fill_value=0)
-                weight = planted_attention(case)
-                where |= {"accuracy": case.accuracy, "silent": (weight < 0.5).sum()}
-                ends.append(where | {"quiet": (weight < 0.1).sum()} | fate.to_dict())
+        for seed in range(seeds):
+            case = planted(name, seed=seed)
+            for fewer in levels:
+                crowded = superpose(case, fewer, seed)
+                judged.append(judge(crowded, methods, seed, fewer=fewer))
+    return _both_tables(judged)
+
+
+def _both_tables(judged: Sequence[tuple[pd.DataFrame, dict]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    scores, ends = zip(*judged, strict=True)
     return pd.concat(scores, ignore_index=True), pd.DataFrame(ends)
 
 
+def judge(
+    planting: Planted, methods: Collection[str], seed: int, **level: int | float
+) -> tuple[pd.DataFrame, dict]:
+    """One planted circuit: the rows of `compare`, and the row of fates that `sweep_noise` has.
+
+    `level` names what was done to the model, and how much of it.
+    """
+    case = run_case(planting)
+    where = {"circuit": planting.name, **level, "seed": seed}
+    found = {method: trace_case(case, method, seed=seed) for method in methods}
+    fate = fates(case, found["exact"]).value_counts().reindex(FATES, fill_value=0)
+    weight = planted_attention(case)
+    attends = {"silent": (weight < 0.5).sum(), "quiet": (weight < 0.1).sum()}
+    row = where | {"accuracy": case.accuracy} | attends | fate.to_dict()
+    return compare(case, found).assign(**where), row
+
+
 def pooled(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Precision and recall of all runs together, with the worst and the best seed.
+    """Precision and recall of all runs together, with 95 % intervals over seeds.
 
     |found ∩ truth| and its like are summed before they are divided, for each value of the columns
-    `by`. What is 0 / 0 is NaN.
+    `by`; the bootstrap draws whole seeds. What is 0 / 0 is NaN.
     """
-    whole = _rates(scores.groupby(list(by), sort=False))
-    seeds = _rates(scores.groupby([*by, "seed"], sort=False)).groupby(list(by), sort=False)
-    for rate in ("precision", "recall"):
-        whole[f"{rate}_low"], whole[f"{rate}_high"] = seeds[rate].min(), seeds[rate].max()
-    return whole.reset_index()
-
-
-def _rates(groups: pd.api.typing.DataFrameGroupBy) -> pd.DataFrame:
+    groups = scores.groupby(list(by), sort=False)
     table = groups[["correct", "spurious", "missing"]].sum()
-    table["precision"] = table["correct"] / (table["correct"] + table["spurious"])
-    table["recall"] = table["correct"] / (table["correct"] + table["missing"])
-    return table
+    names, seed = np.unique(scores["seed"], return_inverse=True)
+    group, times = groups.ngroup().to_numpy(), resample(len(names))
+    correct = scores["correct"].to_numpy(float)
+    for rate, wrong in (("precision", "spurious"), ("recall", "missing")):
+        whole = correct + scores[wrong].to_numpy(float)
+        found = group_bootstrap(correct, group, seed, times, len(table), whole)
+        table[rate], table[f"{rate}_low"], table[f"{rate}_high"] = found
+    return table.reset_index()
+
+
+def duels(scores: pd.DataFrame, rate: str = "precision", against: str = "exact") -> pd.DataFrame:
+    """Every method against one of them, seed by seed: edges, method, higher, lower, p, q.
+
+    A seed's rate is that of all its rows of `scores`. `higher` counts the seeds in which it is
+    above that of `against`, `lower` those in which it is below; p is that of `sign_test`, and q
+    corrects for the number of rows (Benjamini and Hochberg).
+    """
+    seeds = pooled(scores, ["edges", "method", "seed"])
+    table = seeds.pivot(index=["edges", "method"], columns="seed", values=rate)
+    rows = []
+    for edges, method in seeds[["edges", "method"]].drop_duplicates().to_numpy():
+        gap = (table.loc[(edges, method)] - table.loc[(edges, against)]).to_numpy()
+        higher, lower = int((gap > TINY).sum()), int((gap < -TINY).sum())
+        p = sign_test(higher, lower)
+        rows.append({"edges": edges, "method": method, "higher": higher, "lower": lower, "p": p})
+    found = pd.DataFrame(rows).query("method != @against").reset_index(drop=True)
+    return found.assign(q=false_discovery(found["p"].to_numpy()))
+
+
+def sign_test(higher: int, lower: int) -> float:
+    """The exact p, two-sided, of so many signs if either were as likely; ties are left out.
+
+    p = 2 Σ_{k ≥ max(higher, lower)} C(n, k) / 2^n, n = higher + lower, at most 1.
+    Source: Arbuthnot 1710; Fisher 1925.
+
+    >>> sign_test(4, 0), sign_test(5, 5)
+    (0.125, 1.0)
+    """
+    n = higher + lower
+    return min(1.0, 2 * sum(comb(n, k) for k in range(max(higher, lower), n + 1)) / 2**n)
 
 
 def fate_shares(ends: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -344,6 +411,31 @@ def score_edges(case: PlantedAnswer) -> pd.DataFrame:
     writers = writers.set_axis(["prompt", "upstream"], axis=1)
     given = among(truth, writers, list(writers.columns)) & (truth["channel"] == "direct")
     return pd.concat([edges[ANSWER_EDGE], truth.loc[given, ANSWER_EDGE]], ignore_index=True)
+
+
+def strong(edges: pd.DataFrame) -> pd.DataFrame:
+    """The edges that have at least `FOUND_SHARE` of the difference, for it or against it."""
+    return edges[edges["share"].abs() >= FOUND_SHARE]
+
+
+def judge_answer(
+    case: PlantedAnswer, edges: pd.DataFrame, pool: pd.DataFrame, **where: int | float
+) -> pd.DataFrame:
+    """How well a planted answer is found: kind, precision, recall, counts, answers, circuit.
+
+    `edges` are what a trace from the answer gives to each prompt, `pool` its means over prompts.
+    Kinds: "shares" counts `strong` edges, "helpers" those of them for the answer, "pooled" strong
+    edges of the pool, "scores" what a score trace finds. `where` are columns to be added.
+    """
+    found = strong(edges)
+    rates = {
+        "shares": recovery(found, case.truth, ANSWER_EDGE),
+        "helpers": recovery(found[found["share"] > 0], case.truth, ANSWER_EDGE),
+        "pooled": recovery(strong(pool), case.links, LINK),
+        "scores": recovery(score_edges(case), case.truth, ANSWER_EDGE),
+    }
+    table = pd.DataFrame(rates).T.rename_axis("kind").reset_index()
+    return table.assign(answers=answered(case), circuit=case.name, **where)
 
 
 def drawn_links(case: PlantedAnswer, found: pd.DataFrame) -> pd.DataFrame:
