@@ -285,11 +285,11 @@ def circuit_graph(
     found = distinct([*table["at"], *table["dest"]])
     known = [name for name in order if name in found]
     columns = [name for name in found if name not in known] + known
-    slider = _slider("% of prompts", table)
+    slider = _ending_at_largest("% of prompts", table)
     return draw(table, columns, "role of the token", SIDE_KINDS, slider, tips, title)
 
 
-def _slider(unit: str, table: pd.DataFrame) -> Slider:
+def _ending_at_largest(unit: str, table: pd.DataFrame) -> Slider:
     """A slider whose end leaves the largest edge."""
     return Slider(unit, most=max(1, int(table["percent"].max())))
 
@@ -320,7 +320,7 @@ def prompt_graph(
         f"{_of_edges(len(table), every)} in the trace of this prompt, the largest share of one "
         f"side of a score has {largest_edge(table, table['share'])}"
     )
-    slider = _slider("% of its side of the score", table)
+    slider = _ending_at_largest("% of its side of the score", table)
     return draw(table, names, "token", SIDE_KINDS, slider, tips, title)
 
 
