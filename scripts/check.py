@@ -19,7 +19,7 @@ PYTHON = sys.executable
 RUFF = str(Path(PYTHON).with_name("ruff"))
 PYTEST = (PYTHON, "-m", "pytest", "-n", "2")
 PYRIGHT = ROOT / "node_modules" / "pyright" / "index.js"  # npm fetches it with the site
-NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "300", "--dist", "loadfile")
+NBVAL = ("--nbval", "--nbval-current-env", "--nbval-cell-timeout", "600", "--dist", "loadfile")
 SITE = (  # to read the others takes a while
     "tests/app/test_answer_page.py",
     "tests/app/test_page.py",
